@@ -1,0 +1,55 @@
+# Every target creates .venv on first use, from the versions pinned in pyproject.toml, and needs no more than
+# Python 3.11+, pip and make.
+#   make properties PYTEST_FLAGS="--hypothesis-profile=deep"
+#   make test PYTHON=python3.12 VENV=/tmp/venv PIP_FLAGS="--index-url ..."
+PYTHON ?= python3
+VENV ?= .venv
+PIP_FLAGS ?=
+PYTEST_FLAGS ?=
+
+python := $(VENV)/bin/python
+pip := $(python) -m pip --disable-pip-version-check --quiet
+ready := $(VENV)/.ready
+peers := $(VENV)/.peers
+
+# One thread per worker: the workers share the cores.
+export OMP_NUM_THREADS = 1
+
+.PHONY: properties test lint format bench clean
+
+properties: $(ready)
+	$(python) -m pytest -n auto $(PYTEST_FLAGS) properties/
+
+test: $(ready)
+	$(python) -m pytest -n auto $(PYTEST_FLAGS) tests/
+
+lint: $(ready)
+	$(python) -m ruff check .
+	$(python) -m ruff format --check .
+	$(python) -m mypy
+
+format: $(ready)
+	$(python) -m ruff check --fix .
+	$(python) -m ruff format .
+
+bench: $(peers)
+	$(python) -m benchmarks.cpu
+
+# `pip install --group` came with pip 25.1.
+$(ready): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo 'titans needs Python 3.11 or newer: make PYTHON=python3.12 ...' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(pip) install $(PIP_FLAGS) 'pip>=25.1'
+	$(pip) install $(PIP_FLAGS) --group dev
+	$(pip) install $(PIP_FLAGS) --only-binary gmpy2 --group fast \
+		|| echo 'no wheel of gmpy2 for this Python: the oracle works without it, more slowly' >&2
+	touch $@
+
+$(peers): $(ready)
+	$(pip) install $(PIP_FLAGS) --group peers
+	touch $@
+
+clean:
+	rm -rf dist build .hypothesis .mypy_cache .pytest_cache .ruff_cache $(if $(filter .venv,$(VENV)),.venv)
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

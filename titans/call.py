@@ -1,0 +1,85 @@
+"""The arguments of one call, checked and with defaults filled in, as every backend receives them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class TitansState(NamedTuple):
+    """Where a sequence stands; resumes it at any token, exactly.
+
+    Attributes
+    ----------
+    M, S, anchor : Tensor, shape (N, H, D, D), float32 (float64 for float64 inputs)
+        Memory, momentum, and the memory as it was when the running chunk began.
+    offset : Tensor, shape (N,), int32 or int64
+        Tokens already consumed of the running chunk, 0 <= offset < chunk_size.
+    """
+
+    M: Tensor
+    S: Tensor
+    anchor: Tensor
+    offset: Tensor
+
+    def detach(self) -> TitansState:
+        """The same state, cut from the autograd graph."""
+        return TitansState(*(x.detach() for x in self))
+
+    def to(self, device: torch.device | str) -> TitansState:
+        """The same state on another device."""
+        return TitansState(*(x.to(device) for x in self))
+
+
+# so that torch.load(..., weights_only=True), its default, accepts a saved state
+torch.serialization.add_safe_globals([TitansState])
+
+
+class Call(NamedTuple):
+    """What a backend computes with; shapes as in `titans.chunk_titans_linear`.
+
+    Attributes
+    ----------
+    q, k, v : Tensor, shape (B, T, H, D)
+    w, b : Tensor, shape (H, D), or both None
+    theta, alpha, eta : Tensor, shape (B, T, H)
+    M, S, anchor : Tensor, shape (N, H, D, D)
+        The initial state in the compute dtype.
+    offset : Tensor, shape (N,), or None
+        None: every sequence starts at the start of a chunk.
+    cu_seqlens : Tensor, shape (N + 1,), or None
+    eps : float
+    chunk_size : int
+    log_gates : bool
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    w: Tensor | None
+    b: Tensor | None
+    theta: Tensor
+    alpha: Tensor
+    eta: Tensor
+    M: Tensor
+    S: Tensor
+    anchor: Tensor
+    offset: Tensor | None
+    cu_seqlens: Tensor | None
+    eps: float
+    chunk_size: int
+    log_gates: bool
+
+    def max_pieces(self) -> int:
+        """Number of pieces, or an upper bound that is known without looking at `cu_seqlens` and `offset`."""
+        T, N, C = self.q.shape[1], self.M.shape[0], self.chunk_size
+        # a sequence of L tokens starting at r <= C - 1 has ceil((L + r) / C) <= (L + 2 (C - 1)) / C pieces
+        slack = (1 if self.offset is None else 2) * (C - 1)
+        return N * ((T + slack) // C) if self.cu_seqlens is None else (T + N * slack) // C
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64 inputs, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,98 @@
+"""How sequences are cut into pieces, the units that the chunk form works on.
+
+A *piece* is a run of tokens of one sequence inside one chunk. A sequence that resumes `offset` tokens into a
+chunk starts with a shorter piece; the last piece of any sequence may be short as well.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """All pieces of a call, ordered by the step of the chain at which they are reached.
+
+    Sequences are taken with the longest chain first: the pieces of one step are then a slice, and their
+    sequences are a prefix of `order`.
+
+    Attributes
+    ----------
+    order : Tensor, shape (N,)
+        The sequences, longest chain first.
+    steps : tuple of slice
+        The pieces of each step of the chain.
+    index : Tensor, shape (K, C)
+        Row of each piece's tokens among all B T tokens; padding points at row 0.
+    padding : Tensor, shape (K, C), or None
+        True where `index` stands for no token; None if every piece is full.
+    end : Tensor, shape (K,)
+        The last token of each piece, counted inside it.
+    refreshed : Tensor, shape (N,)
+        Whether the final anchor of a sequence, in the order given by the caller, is its final M.
+    """
+
+    order: Tensor
+    steps: tuple[slice, ...]
+    index: Tensor
+    padding: Tensor | None
+    end: Tensor
+    refreshed: Tensor
+
+    def gather(self, x: Tensor) -> Tensor:
+        """(B, T, H, ...) -> (K, H, C, ...), zero in the padding."""
+        pieces = x.flatten(0, 1)[self.index]  # (K, C, H, ...)
+        if self.padding is not None:
+            pieces[self.padding] = 0
+        return pieces.transpose(1, 2).contiguous()
+
+    def scatter(self, pieces: Tensor, like: Tensor) -> Tensor:
+        """(K, H, C, ...) -> (B, T, H, ...) in the shape and dtype of `like`: the inverse of `gather`."""
+        x = torch.empty_like(like, memory_format=torch.contiguous_format)
+        tokens = pieces.transpose(1, 2).to(like.dtype)  # (K, C, H, ...)
+        if self.padding is None:
+            x.flatten(0, 1)[self.index] = tokens
+        else:
+            x.flatten(0, 1)[self.index[~self.padding]] = tokens[~self.padding]
+        return x
+
+
+def cut(
+    B: int, T: int, chunk_size: int, cu_seqlens: Tensor | None, offset: Tensor | None, device: torch.device
+) -> Pieces:
+    """Cut B sequences of T tokens, or the packed ones between `cu_seqlens`, into pieces.
+
+    Reads `cu_seqlens` and `offset` on the host, which synchronises if they live on a GPU.
+    """
+    if cu_seqlens is None:
+        starts, lengths = torch.arange(B) * T, torch.full((B,), T)
+    else:
+        bounds = cu_seqlens.cpu().long()
+        starts, lengths = bounds[:-1], bounds.diff()
+    begun = torch.zeros_like(lengths) if offset is None else offset.cpu().long()
+    counts = torch.where(lengths > 0, (lengths + begun + chunk_size - 1) // chunk_size, 0)  # pieces per sequence
+    order = torch.sort(counts, descending=True, stable=True).indices
+
+    active = counts[order] > torch.arange(int(counts.max()) if len(counts) else 0)[:, None]  # (steps, N)
+    step, place = active.nonzero(as_tuple=True)  # (K,), ordered by step
+    sequence = order[place]
+    first = torch.clamp(step * chunk_size - begun[sequence], min=0)
+    last = torch.minimum((step + 1) * chunk_size - begun[sequence], lengths[sequence])
+    token = first[:, None] + torch.arange(chunk_size)  # (K, C), inside the sequence
+    padding = token >= last[:, None]
+    index = torch.where(padding, 0, starts[sequence, None] + token)
+
+    widths = active.sum(1).tolist()
+    ends = torch.tensor([0, *widths]).cumsum(0).tolist()
+    return Pieces(
+        order.to(device),
+        tuple(slice(i, j) for i, j in pairwise(ends)),
+        index.to(device),
+        padding.to(device) if padding.any() else None,
+        (last - first - 1).to(device),
+        ((lengths > 0) & ((begun + lengths) % chunk_size == 0)).to(device),
+    )

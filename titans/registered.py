@@ -1,0 +1,83 @@
+"""The chunk form as the registered operators `titans::chunked` and `titans::chunked_backward`.
+
+`torch.compile` and CUDA graphs see one opaque operator per direction. What the backward needs beside the inputs
+is the memory and the momentum that each piece starts from.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from titans import chunk
+from titans.call import Call
+
+# the fields of `Call`, then the backend
+_ARGUMENTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? w, Tensor? b, Tensor theta, Tensor alpha, Tensor eta, "
+    "Tensor M, Tensor S, Tensor anchor, Tensor? offset, Tensor? cu_seqlens, "
+    "float eps, int chunk_size, bool log_gates, str backend"
+)
+_COTANGENTS = "Tensor M0, Tensor S0, Tensor? do, Tensor? dM, Tensor? dS, Tensor? danchor"
+
+
+def _tensors(count: int) -> str:
+    return f"({', '.join(['Tensor'] * count)})"
+
+
+@torch.library.custom_op("titans::chunked", mutates_args=(), schema=f"({_ARGUMENTS}) -> {_tensors(6)}")
+def chunked(*arguments: Any) -> tuple[Tensor, ...]:
+    """Compute o, the final M, S and anchor, and the M0 and S0 of every piece (K, H, D, D)."""
+    call, backend = Call(*arguments[:-1]), arguments[-1]
+    with torch.autocast(call.q.device.type, enabled=False):
+        return chunk.forward(call, log_space=backend == "log")
+
+
+@chunked.register_fake
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    call = Call(*arguments[:-1])
+    H, D = call.q.shape[-2:]
+    per_piece = (call.max_pieces(), H, D, D)
+    final = [call.M.new_empty(call.M.shape) for _ in range(3)]
+    return call.q.new_empty(call.q.shape), *final, call.M.new_empty(per_piece), call.M.new_empty(per_piece)
+
+
+@torch.library.custom_op(
+    "titans::chunked_backward", mutates_args=(), schema=f"({_ARGUMENTS}, {_COTANGENTS}) -> {_tensors(11)}"
+)
+def chunked_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    """Compute the cotangents of q, k, v, w, b, theta, alpha, eta, M, S and anchor; without w and b theirs are empty."""
+    *fields, backend, M0, S0, do, dM, dS, danchor = arguments
+    call = Call(*fields)
+    do = torch.zeros_like(call.q) if do is None else do
+    dM, dS, danchor = (torch.zeros_like(call.M) if d is None else d for d in (dM, dS, danchor))
+    with torch.autocast(call.q.device.type, enabled=False):
+        grads = chunk.backward(call, backend == "log", M0, S0, do, dM, dS, danchor)
+    return tuple(
+        call.M.new_empty(0) if x is None or dx is None else dx.to(x.dtype)
+        for x, dx in zip(call[:11], grads, strict=True)
+    )
+
+
+@chunked_backward.register_fake
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    call = Call(*arguments[: len(Call._fields)])
+    return tuple(call.M.new_empty(0) if x is None else x.new_empty(x.shape) for x in call[:11])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    # without this, autograd would fill (K, H, D, D) zeros for the cotangents of M0 and S0
+    ctx.set_materialize_grads(False)
+    fields, ctx.options = inputs[:13], inputs[13:]
+    ctx.save_for_backward(*fields, *output[4:])
+
+
+def _backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    *fields, M0, S0 = ctx.saved_tensors
+    grads = chunked_backward(*fields, *ctx.options, M0, S0, *cotangents[:4])
+    return *(g if x is not None else None for g, x in zip(grads, fields[:11], strict=True)), *(None,) * 6
+
+
+chunked.register_autograd(_backward, setup_context=_save)
