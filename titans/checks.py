@@ -32,19 +32,22 @@ def check_tensor(name: str, x: Any, shape: tuple[int, ...], axes: str, device: t
         raise ValueError(f"`{name}` must be on the device of `q`, {device}, got {x.device}")
 
 
-def check_tokens(q: Any, k: Any, v: Any, axes: str) -> None:
-    """q, k and v must be tensors of one shape, dtype and device."""
+def check_tokens(q: Any, k: Any, v: Any, axes: str, suffix: str = "") -> None:
+    """q, k and v, whose names end in `suffix`, must be tensors of one shape, dtype and device."""
     rank = len(axes.split(","))
+    first = f"`q{suffix}`"
     if not isinstance(q, Tensor):
-        raise TypeError(f"`q` must be a torch.Tensor, got {type(q).__name__}")
+        raise TypeError(f"{first} must be a torch.Tensor, got {type(q).__name__}")
     if q.ndim != rank:
-        raise ValueError(f"`q` must have shape {axes}, got {tuple(q.shape)}")
+        raise ValueError(f"{first} must have shape {axes}, got {tuple(q.shape)}")
     if q.shape[-1] == 0:
-        raise ValueError(f"`q` must have D >= 1 in its shape {axes}, got {tuple(q.shape)}")
+        raise ValueError(f"{first} must have D >= 1 in its shape {axes}, got {tuple(q.shape)}")
     for name, x in (("q", q), ("k", k), ("v", v)):
-        check_tensor(name, x, tuple(q.shape), axes, q.device)
+        check_tensor(name + suffix, x, tuple(q.shape), axes, q.device)
         if x.dtype != q.dtype:
-            raise TypeError(f"`{name}` must have the dtype of `q`, {name_of(q.dtype)}, got {name_of(x.dtype)}")
+            raise TypeError(
+                f"`{name}{suffix}` must have the dtype of {first}, {name_of(q.dtype)}, got {name_of(x.dtype)}"
+            )
 
 
 def check_parameters(w: Any, b: Any, q: Tensor) -> None:
@@ -120,28 +123,28 @@ def is_readable(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def check_state(state: Any, N: int, q: Tensor, chunk_size: int) -> None:
-    """`state` must be None, a TitansState or M alone, for N sequences."""
+def check_state(argument: str, state: Any, N: int, q: Tensor, chunk_size: int) -> None:
+    """The state passed as `argument` must be None, a TitansState or M alone, for N sequences."""
     if state is None:
         return
     H, D = q.shape[-2:]
     shape, axes = (N, H, D, D), "(N, H, D, D)"
     if isinstance(state, Tensor):
-        check_tensor("initial_state", state, shape, axes, q.device)
+        check_tensor(argument, state, shape, axes, q.device)
         return
     if not isinstance(state, TitansState):
-        raise TypeError(f"`initial_state` must be None, a TitansState or a torch.Tensor, got {type(state).__name__}")
+        raise TypeError(f"`{argument}` must be None, a TitansState or a torch.Tensor, got {type(state).__name__}")
     dtype = compute_dtype(q.dtype)
     for name, x in (("M", state.M), ("S", state.S), ("anchor", state.anchor)):
-        check_tensor(f"initial_state.{name}", x, shape, axes, q.device)
+        check_tensor(f"{argument}.{name}", x, shape, axes, q.device)
         if x.dtype != dtype:
-            raise TypeError(f"`initial_state.{name}` must have dtype {name_of(dtype)}, got {name_of(x.dtype)}")
-    check_integers("initial_state.offset", state.offset)
+            raise TypeError(f"`{argument}.{name}` must have dtype {name_of(dtype)}, got {name_of(x.dtype)}")
+    check_integers(f"{argument}.offset", state.offset)
     if tuple(state.offset.shape) != (N,):
-        raise ValueError(f"`initial_state.offset` must have shape (N,) = ({N},), got {tuple(state.offset.shape)}")
+        raise ValueError(f"`{argument}.offset` must have shape (N,) = ({N},), got {tuple(state.offset.shape)}")
     if state.offset.device != q.device:
-        raise ValueError(f"`initial_state.offset` must be on the device of `q`, {q.device}, got {state.offset.device}")
+        raise ValueError(f"`{argument}.offset` must be on the device of `q`, {q.device}, got {state.offset.device}")
     if is_readable(state.offset) and not all(0 <= r < chunk_size for r in state.offset.tolist()):
         raise ValueError(
-            f"`initial_state.offset` must satisfy 0 <= offset < chunk_size = {chunk_size}, got {state.offset.tolist()}"
+            f"`{argument}.offset` must satisfy 0 <= offset < chunk_size = {chunk_size}, got {state.offset.tolist()}"
         )

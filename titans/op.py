@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titans import checks
+from titans import checks, kernels
 from titans.call import Call, TitansState, compute_dtype
 from titans.gates import linear_gates
 from titans.recurrent import recurrent
@@ -87,21 +87,30 @@ def chunk_titans_linear(
     )
     checks.check_cu_seqlens(cu_seqlens, q)
     N = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-    checks.check_state(initial_state, N, q, chunk_size)
-
-    device = q.device.type
-    if torch.is_autocast_enabled(device) and q.dtype != torch.float64:
-        # as for attention: the operands of the products follow autocast; gates, parameters and states do not
-        q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
+    checks.check_state("initial_state", initial_state, N, q, chunk_size)
     M, S, anchor, offset = _initial_state(initial_state, N, q)
     call = Call(q, k, v, w, b, theta, alpha, eta, M, S, anchor, offset, cu_seqlens, float(eps), chunk_size, log_gates)
+    o, state = _run(call, backend)
+    return o, state if output_final_state else None
+
+
+def _run(call: Call, backend: str | None) -> tuple[Tensor, TitansState]:
+    """Choose the backend, call it, and put the final state together."""
+    device = call.q.device.type
+    if torch.is_autocast_enabled(device) and call.q.dtype != torch.float64:
+        # as for attention: the operands of the products follow autocast; gates, parameters and states do not
+        dtype = torch.get_autocast_dtype(device)
+        call = call._replace(q=call.q.to(dtype), k=call.k.to(dtype), v=call.v.to(dtype))
     backend = backend or _default_backend(call)
+    against = kernels.reason_against(call) if backend == "triton" else None
+    if against:
+        raise ValueError(f"`backend` 'triton' {against}")
     if backend == "recurrent":
         with torch.autocast(device, enabled=False):
             o, M, S, anchor = _recurrent(call)
     else:
-        o, M, S, anchor, _, _ = chunked(*call, backend)
-    return o, TitansState(M, S, anchor, _final_offset(call)) if output_final_state else None
+        o, M, S, anchor, *_ = chunked(*call, backend)
+    return o, TitansState(M, S, anchor, _final_offset(call))
 
 
 def titans_linear(*args: Any, **kwargs: Any) -> tuple[Tensor, TitansState | None]:
@@ -155,18 +164,20 @@ def titans_linear_step(
         As `chunk_titans_linear`.
     """
     checks.check_options(eps, chunk_size, backend, log_gates=log_gates)
-    checks.check_tokens(q_t, k_t, v_t, "(B, H, D)")
-    gates = [
+    checks.check_tokens(q_t, k_t, v_t, "(B, H, D)", "_t")
+    checks.check_parameters(w, b, q_t)
+    theta_t, alpha_t, eta_t = (
         checks.check_gate(name, gate, q_t, "(B, H)")
         for name, gate in (("theta_t", theta_t), ("alpha_t", alpha_t), ("eta_t", eta_t))
-    ]
-    q, k, v, theta, alpha, eta = (x.unsqueeze(1) for x in (q_t, k_t, v_t, *gates))
-    o, final = chunk_titans_linear(
-        q, k, v, w, b, theta, alpha, eta, eps, chunk_size, state, True,
-        log_gates=log_gates, backend=backend or "recurrent",
-    )  # fmt: skip
-    assert final is not None
-    return o[:, 0], final
+    )
+    checks.check_state("state", state, q_t.shape[0], q_t, chunk_size)
+    q, k, v, theta, alpha, eta = (x.unsqueeze(1) for x in (q_t, k_t, v_t, theta_t, alpha_t, eta_t))
+    M, S, anchor, offset = _initial_state(state, q_t.shape[0], q_t)
+    call = Call(q, k, v, w, b, theta, alpha, eta, M, S, anchor, offset, None, float(eps), chunk_size, log_gates)
+    if backend is None and not _kernels_take(call):
+        backend = "recurrent"
+    o, state = _run(call, backend)
+    return o[:, 0], state
 
 
 def _initial_state(
@@ -194,7 +205,13 @@ def _final_offset(call: Call) -> Tensor:
 
 
 def _default_backend(call: Call) -> str:
+    if _kernels_take(call):
+        return "triton"
     return "log" if call.log_gates else "chunk"
+
+
+def _kernels_take(call: Call) -> bool:
+    return call.q.is_cuda and kernels.reason_against(call) is None
 
 
 def _recurrent(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,0 +1,1 @@
+"""How fast the op is: `python -m benchmarks.cpu`, `python -m benchmarks.gpu`."""

@@ -1,0 +1,219 @@
+"""The Triton backend on a GPU, against the nearest kernels there are: fla-core's `chunk_ttt_linear`.
+
+    python -m benchmarks.gpu              # needs the `peers` dependency group
+
+TTT-Linear has the same LayerNorm gradient and chunk chain but one state and no gates: ours does more work. All in
+bfloat16, medians of CUDA events on a warm GPU, the calls taken in turn, the L2 cache flushed before each. `--ahead`
+lets the host queue a call's launches before its clock starts: the difference is what launching costs.
+
+Before a shape is timed, ours is compared with our own `chunk` backend in float64 on the same bfloat16 inputs: outputs,
+final state and every gradient over the first chunks, then outputs and final memory over the whole length, which the
+gates drawn here leave well conditioned. Errors are ||value - exact|| / ||exact||. The property suite is the judge of
+accuracy; this only sees that what is timed is the op.
+
+Exits with 1 if a result is wrong or a required ratio is missed.
+"""
+
+import argparse
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.workload import Inputs, Shape, environment, make_inputs, markdown, medians, milliseconds, relative_error
+from titans import TitansState, chunk_titans_linear
+
+CHECKED_CHUNKS = 4
+BFLOAT16_SANITY = 8 * torch.finfo(torch.bfloat16).eps
+
+
+@dataclass(frozen=True)
+class Case:
+    """A shape, and how many times faster than TTT ours must be there (None: it only must run)."""
+
+    shape: Shape
+    forward: float | None
+    both: float | None
+
+
+CASES = [
+    Case(Shape(4, 4096, 16, 64, 64), forward=3, both=2),
+    Case(Shape(4, 4096, 16, 64, 16), forward=1.5, both=2),
+    Case(Shape(4, 2048, 16, 128, 64), forward=1, both=None),
+    Case(Shape(4, 2048, 16, 128, 16), forward=1, both=1),
+]
+
+
+def titans(x: Inputs, C: int, backend: str, plain: bool = False) -> tuple[Tensor, TitansState]:
+    """Run one forward of ours."""
+    w, b = (None, None) if plain else (x.w, x.b)
+    o, state = chunk_titans_linear(
+        x.q, x.k, x.v, w, b, x.theta, x.alpha, x.eta,
+        chunk_size=C, initial_state=x.M, output_final_state=True, backend=backend,
+    )  # fmt: skip
+    assert state is not None
+    return o, state
+
+
+def ttt(x: Inputs, C: int) -> tuple[Tensor, Any]:
+    """Run one forward of fla-core's TTT-Linear, without states, as it is fastest; `theta` is its learning rate."""
+    from fla.ops.ttt import chunk_ttt_linear
+
+    return chunk_ttt_linear(x.q, x.k, x.v, x.w, x.b, x.theta, chunk_size=C)[:2]
+
+
+def fla_titans(x: Inputs, C: int) -> Tensor:
+    """Run one forward of fla-core's Titans, whose values are wrong (see `benchmarks.cpu`)."""
+    from fla.ops.titans.naive import chunk_titans_linear_ref
+
+    return chunk_titans_linear_ref(*x[:-1], chunk_size=C, initial_state=x.M)[0]
+
+
+def errors(shape: Shape, backend: str, device: str) -> Iterator[tuple[str, float]]:
+    """Compare ours with `chunk` in float64: name and relative error of each result."""
+    C = shape.C
+    head = make_inputs(Shape(shape.B, CHECKED_CHUNKS * C, shape.H, shape.D, C), torch.bfloat16, device)
+    x, exact = head.with_grad(), head.to(torch.float64).with_grad()
+    (o, state), (exact_o, exact_state) = titans(x, C, backend), titans(exact, C, "chunk")
+    yield "o", relative_error(o, exact_o)
+    yield "M", relative_error(state.M, exact_state.M)
+    yield "S", relative_error(state.S, exact_state.S)
+    cotangents = [torch.randn_like(y) for y in (o, state.M, state.S)]
+    gradients = torch.autograd.grad([o, state.M, state.S], x, cotangents)
+    exact_gradients = torch.autograd.grad(
+        [exact_o, exact_state.M, exact_state.S], exact, [y.double() for y in cotangents]
+    )
+    for name, value, true in zip(Inputs._fields, gradients, exact_gradients, strict=True):
+        yield f"d{name}", relative_error(value, true)
+    whole = make_inputs(shape, torch.bfloat16, device)
+    with torch.no_grad():
+        for plain, name in ((False, "o"), (True, "plain o")):
+            exact_o, exact_state = titans(whole.to(torch.float64), C, "chunk", plain)
+            o, state = titans(whole, C, backend, plain)
+            yield f"{name}, whole length", relative_error(o, exact_o)
+            yield f"{name[:-1]}M, whole length", relative_error(state.M, exact_state.M)
+
+
+def passes(x: Inputs, call: Callable[[Inputs], tuple[Tensor, Any]]) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Return the forward alone (nothing recorded) and the forward with the backward to every input."""
+    leaves = x.with_grad()
+    with torch.no_grad():
+        do = torch.randn_like(call(x)[0])
+
+    def forward() -> None:
+        with torch.no_grad():
+            call(x)
+
+    def both() -> None:
+        torch.autograd.grad(call(leaves)[0], leaves, do, allow_unused=True)
+
+    return forward, both
+
+
+def peak_memory(call: Callable[[], Any], device: str) -> float:
+    """Return the MiB a call needs above what was there before it."""
+    if torch.device(device).type != "cuda":
+        return float("nan")
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    torch.cuda.synchronize(device)
+    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
+
+def runs(call: Callable[[], Any]) -> str:
+    """Return why a call cannot run, or nothing: TTT's backward does not fit on the chip everywhere."""
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
+    return ""
+
+
+def compare(case: Case, backend: str, device: str, repeats: int, ahead: bool) -> Iterator[tuple[bool, Sequence[str]]]:
+    """Time one case, forward alone and with the backward: whether the ratio is met, and the table's row."""
+    shape = case.shape
+    x = make_inputs(shape, torch.bfloat16, device)
+    ours = passes(x, lambda y: titans(y, shape.C, backend))
+    why_not = runs(lambda: passes(x, lambda y: ttt(y, shape.C)))
+    theirs = None if why_not else passes(x, lambda y: ttt(y, shape.C))
+    names = ("forward", "forward + backward")
+    for i, (name, must) in enumerate(zip(names, (case.forward, case.both), strict=True)):
+        calls, reason = [ours[i]], why_not
+        if theirs is not None:
+            reason = runs(theirs[i])
+            calls += [] if reason else [theirs[i]]
+        times = medians(calls, repeats, warm=5, device=device, ahead=ahead)
+        memory = [peak_memory(call, device) for call in calls]
+        ratio = times[1] / times[0] if len(times) == 2 else float("nan")
+        met = must is None or ratio >= must
+        yield (
+            met,
+            [
+                str(shape), str(shape.C), name, f"{times[0]:.3f}",
+                f"{times[1]:.3f}" if len(times) == 2 else reason[:60],
+                f"{ratio:.2f}", "runs" if must is None else f"{must:g}" + ("" if met else " MISSED"),
+                f"{memory[0]:.0f}", f"{memory[1]:.0f}" if len(memory) == 2 else "",
+            ],
+        )  # fmt: skip
+
+
+def against_fla_titans(shape: Shape, backend: str, device: str, repeats: int) -> Sequence[str]:
+    """Time a forward of ours and, once and cold (it takes seconds), of fla-core's Titans."""
+    x = make_inputs(shape, torch.bfloat16, device)
+    with torch.no_grad():
+        (ours,) = medians([lambda: titans(x, shape.C, backend)], repeats, warm=5, device=device)
+        theirs = milliseconds(lambda: fla_titans(x, shape.C), device)
+    return str(shape), str(shape.C), f"{ours:.3f}", f"{theirs:.0f}", f"{theirs / ours:.0f}"
+
+
+def main() -> None:
+    """Print the errors and the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--backend", default="triton", help="the backend of ours that is timed")
+    parser.add_argument("--repeats", type=int, default=30, help="times each call is timed")
+    parser.add_argument("--ahead", action="store_true", help="time the device alone, the launches queued beforehand")
+    parser.add_argument("--shape", metavar="B,T,H,D,C", help="this shape only, with nothing required of it")
+    parser.add_argument("--no-fla-titans", action="store_true", help="leave out fla-core's Titans (half a minute)")
+    options = parser.parse_args()
+    device, backend = options.device, options.backend
+    cases = [Case(Shape(*map(int, options.shape.split(","))), None, None)] if options.shape else CASES
+    warnings.simplefilter("ignore")  # fla warns of what is not installed
+    print(environment(f"python -m benchmarks.gpu {' '.join(sys.argv[1:])}".strip(), device), end="\n\n")
+
+    good = True
+    checks = []
+    for case in cases:
+        for name, error in errors(case.shape, backend, device):
+            accepted = error <= BFLOAT16_SANITY
+            good &= accepted
+            checks.append([str(case.shape), str(case.shape.C), name, f"{error:.1e}" + ("" if accepted else " WRONG")])
+    print(markdown(["bfloat16, (B, T, H, D)", "C", "result", "error against float64"], checks), end="\n\n")
+
+    rows = []
+    for case in cases:
+        for met, row in compare(case, backend, device, options.repeats, options.ahead):
+            good &= met
+            rows.append(row)
+    columns = ["pass", "titans (ms)", "TTT (ms)", "ratio", "must", "peak memory (MiB)", "TTT's (MiB)"]
+    print(markdown(["bfloat16, (B, T, H, D)", "C", *columns], rows), end="\n\n")
+
+    if not options.no_fla_titans:
+        rows = [
+            against_fla_titans(case.shape, backend, device, options.repeats) for case in cases if case.shape.D <= 64
+        ]
+        header = ["forward, (B, T, H, D)", "C", "titans (ms)", "fla.ops.titans, once (ms)", "ratio"]
+        print(markdown(header, rows), end="\n\n")
+    q = make_inputs(cases[0].shape, torch.bfloat16, device).q
+    (copied,) = medians([lambda: [q.clone() for _ in range(4)]], options.repeats, warm=5, device=device)
+    print(f"For scale: copying q, k, v and o of {cases[0].shape} once takes {copied:.3f} ms.")
+    sys.exit(not good)
+
+
+if __name__ == "__main__":
+    main()

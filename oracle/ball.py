@@ -1,0 +1,180 @@
+"""Numbers with an error bound: midpoint, radius, and what the roundings of a polynomial can do (oracle/README.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """The floating-point arithmetic that a backend computes in.
+
+    Parameters
+    ----------
+    unit : float
+        Unit roundoff: the relative error of one operation.
+    tiny : float
+        Smallest normal number: the absolute error of an operation that underflows, also where that flushes to zero.
+    huge : float
+        Largest finite number; where an intermediate result may come within a factor 4 of it the radius is infinite.
+    operand, operand_tiny : float
+        The same for the operands of dots, where these are rounded to a narrower format first; 0 where they are not.
+    log_space : bool
+        Whether the chunk coefficients are computed as exp of sums of logs.
+    """
+
+    unit: float
+    tiny: float
+    huge: float
+    operand: float = 0.0
+    operand_tiny: float = 0.0
+    log_space: bool = False
+
+    def rounded(self, x: Ball, count: float | Array, operands: int = 0) -> Ball:
+        """Charge a polynomial for its roundings, bound (B1), and start a new one from its value.
+
+        Parameters
+        ----------
+        x : Ball
+            The polynomial, with radius and majorants.
+        count : float or Array, broadcastable to x
+            The most roundings that any of its monomials meets.
+        operands : int
+            The most roundings of dot operands among them.
+        """
+        # n factors 1 + d or 1 / (1 + d), |d| <= u <= 2^-8, differ from 1 by at most exp(1.01 n u) - 1
+        relative = np.expm1(1.01 * (count * self.unit + operands * self.operand))
+        rad = x.rad + relative * x.mag + (count * self.tiny + operands * self.operand_tiny) * x.cap
+        # false for NaN, which is 0 times infinity here: nothing is known then
+        known = (x.cap < self.huge / 4) & (rad < np.inf)
+        return ball(x.mid, np.where(known, rad, np.inf))
+
+
+@dataclass(frozen=True, slots=True)
+class Ball:
+    """A polynomial in quantities known up to an error, evaluated in any order.
+
+    Attributes
+    ----------
+    mid : Array
+        Its value in float64.
+    rad : Array
+        How far exact evaluation from the inexact quantities can be from the exact value.
+    mag : Array
+        The same polynomial of the absolute values: what relative errors act on.
+    cap : Array
+        The same polynomial of max(1, absolute value): what absolute errors act on, and a bound on every partial result.
+    """
+
+    mid: Array
+    rad: Array
+    mag: Array
+    cap: Array
+
+    def map(self, function: Callable[[Array], Array]) -> Ball:
+        """Apply a linear function with coefficients >= 0: a selection, a sum, a new shape."""
+        return Ball(function(self.mid), function(self.rad), function(self.mag), function(self.cap))
+
+    def __getitem__(self, index: Any) -> Ball:
+        return Ball(self.mid[index], self.rad[index], self.mag[index], self.cap[index])
+
+    def __neg__(self) -> Ball:
+        return Ball(-self.mid, self.rad, self.mag, self.cap)
+
+    def __add__(self, other: Ball) -> Ball:
+        return Ball(self.mid + other.mid, self.rad + other.rad, self.mag + other.mag, self.cap + other.cap)
+
+    def __sub__(self, other: Ball) -> Ball:
+        return Ball(self.mid - other.mid, self.rad + other.rad, self.mag + other.mag, self.cap + other.cap)
+
+    def __mul__(self, other: Ball) -> Ball:
+        return _product(np.multiply, self, other)
+
+    def __matmul__(self, other: Ball) -> Ball:
+        return _product(np.matmul, self, other)
+
+    def times(self, factor: float) -> Ball:
+        """Multiply by a number that is exact."""
+        size = abs(factor)
+        return Ball(factor * self.mid, size * self.rad, size * self.mag, max(1.0, size) * self.cap)
+
+    @property
+    def mT(self) -> Ball:
+        """Transpose of the last two axes."""
+        return self.map(lambda x: x.swapaxes(-1, -2))
+
+    def sum(self) -> Ball:
+        """Sum over the last axis, kept."""
+        return self.map(lambda x: x.sum(-1, keepdims=True))
+
+    def mean(self) -> Ball:
+        """Mean over the last axis, kept."""
+        return self.sum().times(1 / self.mid.shape[-1])
+
+    def centred(self) -> Ball:
+        """x - mean x over the last axis: a projection, whose coefficients 1 - 1/D and -1/D the radius uses."""
+        D = self.mid.shape[-1]
+        mean = self.mean()
+        rad = (1 - 2 / D) * self.rad + mean.rad if D > 1 else np.zeros_like(self.mid)
+        return Ball(self.mid - mean.mid, rad, self.mag + mean.mag, self.cap + mean.cap)
+
+
+def _product(multiply: Callable[[Array, Array], Array], x: Ball, y: Ball) -> Ball:
+    """Any bilinear product. The midpoint itself may be a radius away from the exact value, hence `size`."""
+    size_x, size_y = np.abs(x.mid) + x.rad, np.abs(y.mid) + y.rad
+    rad = multiply(size_x, y.rad) + multiply(x.rad, size_y + y.rad)
+    return Ball(multiply(x.mid, y.mid), rad, multiply(x.mag, y.mag), multiply(x.cap, y.cap))
+
+
+def ball(mid: Array, rad: Array | None = None) -> Ball:
+    """A quantity known to be within `rad` of `mid`: exactly, and as it is computed. None: it is `mid`."""
+    size = np.abs(mid)
+    rad = np.zeros_like(mid) if rad is None else rad
+    # the exact value is within one radius of the midpoint, the computed one within another
+    mag = size + 2 * rad
+    return Ball(mid, rad, mag, np.maximum(mag, 1))
+
+
+def outer(x: Ball, y: Ball) -> Ball:
+    """x^T y of rows x, y: (..., D) and (..., D) to (..., D, D)."""
+    return x[..., :, None] * y[..., None, :]
+
+
+def stack(balls: list[Ball], axis: int) -> Ball:
+    """Stack along a new axis."""
+    return Ball(*(np.stack([getattr(x, part) for x in balls], axis) for part in ("mid", "rad", "mag", "cap")))
+
+
+def arithmetic_for(dtype: torch.dtype, *, log_space: bool = False, operand: torch.dtype | None = None) -> Arithmetic:
+    """The arithmetic of a backend for inputs of `dtype`: float64 in itself, all others in float32 (SPEC section 3).
+
+    Parameters
+    ----------
+    dtype : torch.dtype
+        Of q, k and v.
+    log_space : bool
+        Whether the coefficients are computed in log space (backend "log").
+    operand : torch.dtype or None
+        The format that operands of dots are rounded to, if they are.
+    """
+    computed = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32)
+    arithmetic = Arithmetic(computed.eps / 2, computed.tiny, computed.max, log_space=log_space)
+    if operand is None:
+        return arithmetic
+    narrow = torch.finfo(operand)
+    # A narrow format keeps its subnormals when a number is rounded to it.
+    return Arithmetic(
+        computed.eps / 2, computed.tiny, computed.max, narrow.eps / 2, narrow.tiny * narrow.eps, log_space
+    )
+
+
+FLOAT32 = arithmetic_for(torch.float32)
+FLOAT64 = arithmetic_for(torch.float64)

@@ -1,0 +1,102 @@
+"""Bounds for the gates and the chunk coefficients, in linear and in log space."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from oracle.ball import Arithmetic, Array, Ball, ball
+from oracle.formats import doubles
+from oracle.recurrence import Inputs
+
+
+@dataclass(frozen=True)
+class CoefficientsRadius:
+    """Radii of beta, m, f, shape (C,), and n, G, shape (C, C), shaped like `oracle.coefficients.Coefficients`."""
+
+    beta: Array
+    m: Array
+    f: Array
+    n: Array
+    G: Array
+
+
+def coefficients_radius(theta: Array, a: Array, eta: Array, arithmetic: Arithmetic) -> CoefficientsRadius:
+    """Radii of the chunk coefficients of one piece, bounds (B3) and (B8).
+
+    Parameters
+    ----------
+    theta, a, eta : Array, shape (C,)
+        Linear gates as the stage receives them, a = 1 - alpha.
+    arithmetic : Arithmetic
+
+    Returns
+    -------
+    CoefficientsRadius
+    """
+    C = len(theta)
+    logs = log_roundings(C) if arithmetic.log_space else 0.0
+    gates = [_gate(ball(np.asarray(x, dtype=np.float64)), _log(x), logs, arithmetic) for x in (theta, a, eta)]
+    count = 2 * C + 4 + (log_growth(C) * C if arithmetic.log_space else 0.0)
+    # Columns M0, S0, then the tokens, as the rows of G and n are written in titans/README.md.
+    start = np.zeros((2, C + 2))
+    start[0, 1] = start[1, 0] = 1
+    n, G = ball(start[0]), ball(start[1])
+    rows_n, rows_G = [], []
+    for t in range(C):
+        theta_t, a_t, eta_t = (gate[t : t + 1] for gate in gates)
+        unit = np.zeros(C + 2)
+        unit[t + 2] = 1
+        n = n * eta_t + ball(unit) * theta_t
+        G = G * a_t + n
+        rows_n.append(arithmetic.rounded(n, count).rad)
+        rows_G.append(arithmetic.rounded(G, count).rad)
+    n_rad, G_rad = np.array(rows_n).reshape(C, C + 2), np.array(rows_G).reshape(C, C + 2)
+    return CoefficientsRadius(G_rad[:, 0], n_rad[:, 1], G_rad[:, 1], np.tril(n_rad[:, 2:]), np.tril(G_rad[:, 2:]))
+
+
+def gates(inputs: Inputs, row: int, span: slice, arithmetic: Arithmetic) -> Iterator[Ball]:
+    """theta, a and eta of a piece, shape (H, L, 1, 1), with what their logs cost, bound (B8)."""
+    logs = log_roundings(span.stop - span.start) if arithmetic.log_space else float(inputs.log_gates)
+    for name in ("theta", "alpha", "eta"):
+        x = given(getattr(inputs, name)[row, span].T[..., None, None], arithmetic)
+        if inputs.log_gates:
+            gate = np.exp(x.mid)
+            rad, log = (np.where(gate > 0, part, 0) for part in (gate * x.rad, x.mid))
+            yield _gate(ball(gate, rad), log, logs, arithmetic)
+        elif name == "alpha":
+            yield _gate(ball(1 - x.mid, x.rad), np.where(x.mid < 1, np.log1p(-x.mid), 0), logs, arithmetic)
+        else:
+            yield _gate(x, _log(x.mid), logs, arithmetic)
+
+
+def _gate(gate: Ball, log: Array, count: float, arithmetic: Arithmetic) -> Ball:
+    """A gate whose log meets `count` roundings, each relative to the log."""
+    return ball(gate.mid, gate.rad + count * arithmetic.unit * np.abs(log) * gate.mid)
+
+
+def _log(x: Array) -> Array:
+    """log x, and 0 in place of log 0: an exact zero stays one."""
+    with np.errstate(divide="ignore"):
+        return np.where(x > 0, np.log(x), 0)
+
+
+def log_roundings(L: int) -> float:
+    """Roundings of a log-space coefficient of L tokens that are relative to a log, bound (B8)."""
+    return 2 * L + 4
+
+
+def log_growth(L: int) -> float:
+    """Roundings per token that log space adds to those of (B3), bound (B8): its logs may be as large as log L."""
+    return 4 + 2 * math.log(max(L, 1))
+
+
+def given(x: Tensor, arithmetic: Arithmetic) -> Ball:
+    """An argument: exact, unless it comes in a wider format than that of the arithmetic."""
+    mid = doubles(x)
+    return ball(mid, arithmetic.unit * np.abs(mid) if torch.finfo(x.dtype).eps / 2 < arithmetic.unit else None)
