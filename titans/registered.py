@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titans import chunk
+from titans import chunk, kernels
 from titans.call import Call
 
 # the fields of `Call`, then the backend
@@ -32,16 +32,20 @@ def chunked(*arguments: Any) -> tuple[Tensor, ...]:
     """Compute o, the final M, S and anchor, and the M0 and S0 of every piece (K, H, D, D)."""
     call, backend = Call(*arguments[:-1]), arguments[-1]
     with torch.autocast(call.q.device.type, enabled=False):
+        if backend == "triton":
+            return kernels.forward(call)
         return chunk.forward(call, log_space=backend == "log")
 
 
 @chunked.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    call = Call(*arguments[:-1])
+    call, backend = Call(*arguments[:-1]), arguments[-1]
     H, D = call.q.shape[-2:]
-    per_piece = (call.max_pieces(), H, D, D)
+    triton = backend == "triton"
+    pieces, dtype = (kernels.max_slots(call), kernels.storage(call)) if triton else (call.max_pieces(), call.M.dtype)
     final = [call.M.new_empty(call.M.shape) for _ in range(3)]
-    return call.q.new_empty(call.q.shape), *final, call.M.new_empty(per_piece), call.M.new_empty(per_piece)
+    states = [call.M.new_empty(pieces, H, D, D, dtype=dtype) for _ in range(2)]
+    return call.q.new_empty(call.q.shape), *final, *states
 
 
 @torch.library.custom_op(
@@ -54,7 +58,10 @@ def chunked_backward(*arguments: Any) -> tuple[Tensor, ...]:
     do = torch.zeros_like(call.q) if do is None else do
     dM, dS, danchor = (torch.zeros_like(call.M) if d is None else d for d in (dM, dS, danchor))
     with torch.autocast(call.q.device.type, enabled=False):
-        grads = chunk.backward(call, backend == "log", M0, S0, do, dM, dS, danchor)
+        if backend == "triton":
+            grads = kernels.backward(call, M0, S0, do, dM, dS, danchor)
+        else:
+            grads = chunk.backward(call, backend == "log", M0, S0, do, dM, dS, danchor)
     return tuple(
         call.M.new_empty(0) if x is None or dx is None else dx.to(x.dtype)
         for x, dx in zip(call[:11], grads, strict=True)

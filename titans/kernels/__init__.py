@@ -1,0 +1,122 @@
+"""The chunk form in Triton: the launches, stage by stage."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from titans.call import Call
+from titans.kernels.coefficients import coefficients_kernel, coefficients_vjp_kernel
+from titans.kernels.layout import Layout, contiguous, layout_of, max_slots, places, sizes, storage, tiles
+from titans.kernels.output import output_kernel, output_vjp_kernel
+from titans.kernels.state import key_vjp_kernel, state_kernel, state_vjp_kernel
+
+__all__ = ["backward", "forward", "max_slots", "reason_against", "storage"]
+
+INTERPRETED = triton.knobs.runtime.interpret
+LARGEST = 128
+
+
+def reason_against(call: Call) -> str | None:
+    """Why the kernels cannot take this call, as the end of an error message; None if they can."""
+    q, D = call.q, call.q.shape[-1]
+    if q.dtype == torch.float64:
+        return "takes float32, float16 or bfloat16, got `q` in float64"
+    if D > LARGEST:
+        return f"takes D <= {LARGEST}, got D = {D}"
+    if call.chunk_size > LARGEST:
+        return f"takes `chunk_size` <= {LARGEST}, got {call.chunk_size}"
+    if INTERPRETED:
+        return "cannot interpret bfloat16, got `q` in bfloat16" if q.dtype == torch.bfloat16 else None
+    if q.device.type != "cuda":
+        return f"takes CUDA tensors (or TRITON_INTERPRET=1), got `q` on {q.device}"
+    return None
+
+
+class _Coefficients(NamedTuple):
+    """What `coefficients_kernel` writes; float32."""
+
+    rows: Tensor  # (K, H, 2, BC)
+    G: Tensor  # (K, H, BC, BC)
+    ends: Tensor  # (K, H, 2, BC)
+    end: Tensor  # (K, H, 3)
+
+
+def _coefficients(call: Call, layout: Layout) -> _Coefficients:
+    K, H, BC = layout.slots, call.q.shape[2], layout.BC
+    c = _Coefficients(*(call.M.new_empty(K, H, *s) for s in ((2, BC), (BC, BC), (2, BC), (3,))))
+    coefficients_kernel[(K * H,)](
+        call.theta, call.alpha, call.eta, *places(call, layout), *c, **sizes(call, layout), LOG=call.log_gates,
+        num_warps=1,
+    )  # fmt: skip
+    return c
+
+
+def forward(call: Call) -> tuple[Tensor, ...]:
+    """The op: o, the final M, S and anchor, and for the backward the M0 and S0 of every block."""
+    call = contiguous(call)
+    layout = layout_of(call)
+    (N, H, D, _), K = call.M.shape, layout.slots
+    o, u = torch.empty_like(call.q), torch.empty_like(call.q, dtype=storage(call))
+    M0, S0 = u.new_empty(K, H, D, D), u.new_empty(K, H, D, D)
+    M, S, anchor = (torch.empty_like(call.M) for _ in range(3))
+    if K * H == 0:
+        return o, call.M.clone(), call.S.clone(), call.anchor.clone(), M0, S0
+    c = _coefficients(call, layout)
+    state_kernel[(N * H,)](
+        call.k, call.v, call.w, call.b, c.ends, c.end, call.M, call.S, call.anchor, *places(call, layout)[:2],
+        M0, S0, u, M, S, anchor, **tiles(call, layout), eps=call.eps, STAGES=2,
+    )  # fmt: skip
+    output_kernel[(K * H,)](
+        call.q, call.k, u, call.w, call.b, c.rows, c.G, M0, S0, *places(call, layout), o,
+        **tiles(call, layout), eps=call.eps,
+    )  # fmt: skip
+    return o, M, S, anchor, M0, S0
+
+
+def backward(
+    call: Call, M0: Tensor, S0: Tensor, do: Tensor, dM: Tensor, dS: Tensor, danchor: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Cotangents of q, k, v, w, b, theta, alpha, eta and of the initial M, S and anchor."""
+    call = contiguous(call)
+    layout = layout_of(call)
+    (N, H, D, _), K = call.M.shape, layout.slots
+    do, dM, dS, danchor = (x.contiguous() for x in (do, dM, dS, danchor))
+    if K * H == 0:
+        zeros = [None if x is None else torch.zeros_like(x) for x in call[:8]]
+        return *zeros, dM.clone(), dS.clone(), danchor.clone()
+    at, tile = places(call, layout), tiles(call, layout)
+    c = _coefficients(call, layout)
+    x, dy, du, dk_part = (torch.empty_like(call.k, dtype=storage(call)) for _ in range(4))
+    stats, drows = c.ends.new_empty(K, H, 3, layout.BC), torch.empty_like(c.rows)
+    dq = torch.empty_like(call.q)
+    # slots that no block uses stay zero
+    dw, db = c.end.new_zeros(K, H, D), c.end.new_zeros(K, H, D)
+    output_vjp_kernel[(K * H,)](
+        call.q, call.k, call.v, call.w, call.b, c.rows, call.anchor, M0, S0, *at, do,
+        c.G, x, stats, dy, dq, du, dk_part, drows, dw, db, **tile, eps=call.eps,
+    )  # fmt: skip
+    dM_block, dS_block = torch.empty_like(M0), torch.empty_like(S0)
+    dM_in, dS_in, danchor_in = (torch.empty_like(call.M) for _ in range(3))
+    state_vjp_kernel[(N * H,)](
+        call.q, call.k, call.v, call.w, call.b, c.ends, c.end, c.rows, x, stats, *at[:2], dM, dS, danchor,
+        dy, du, dM_block, dS_block, dM_in, dS_in, danchor_in, **tile, STAGES=2,
+    )  # fmt: skip
+    dk, dv = (part if part.dtype == call.k.dtype else torch.empty_like(call.k) for part in (dk_part, du))
+    dends, dend = torch.empty_like(c.ends), torch.empty_like(c.end)
+    key_vjp_kernel[(K * H,)](
+        call.k, call.v, call.w, call.b, c.ends, call.anchor, *at, M0, S0, x, stats,
+        dM_block, dS_block, dy, du, dk_part, dk, dv, dw, db, dends, dend, **tile,
+    )  # fmt: skip
+    # make room for what the next kernel needs
+    del x, dy, dM_block, dS_block
+    dtheta, dalpha, deta = (torch.empty_like(gate) for gate in (call.theta, call.alpha, call.eta))
+    coefficients_vjp_kernel[(K * H,)](
+        call.theta, call.alpha, call.eta, *at, drows, c.G, dends, dend, torch.empty_like(c.G), dtheta, dalpha, deta,
+        **sizes(call, layout), LOG=call.log_gates, num_warps=1,
+    )  # fmt: skip
+    dwb = (None, None) if call.w is None else (dw.sum(0), db.sum(0))
+    return dq, dk, dv, *dwb, dtheta, dalpha, deta, dM_in, dS_in, danchor_in

@@ -1,0 +1,164 @@
+"""Helpers that the kernels share.
+
+The kernels cut sequences into *blocks*: at most BC tokens of one chunk. A chunk of C tokens has NB blocks, and
+block i of a sequence covers the positions [i // NB * C + i % NB * BC, ...) counted from the start of the chunk
+the sequence resumed in. Buffers with one entry per block are indexed by its *slot*.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def sequence_of(slot, sequence, S, PACKED: tl.constexpr):
+    """Sequence that owns `slot`; -1 for none."""
+    if PACKED:
+        n = tl.load(sequence + slot)
+    else:
+        n = slot // S
+    return n
+
+
+@triton.jit
+def sequence_span(n, cu_seqlens, offset, T, C, S, slack, NB: tl.constexpr, PACKED: tl.constexpr, RESUMED: tl.constexpr):
+    """First token, length, tokens already consumed of the running chunk, and first slot of sequence n."""
+    if PACKED:
+        begin = tl.load(cu_seqlens + n).to(tl.int64)
+        L = tl.load(cu_seqlens + n + 1).to(tl.int64) - begin
+        # room for the most blocks that the sequences before n can have
+        base = (begin + n * slack) // C * NB
+    else:
+        begin = n.to(tl.int64) * T
+        L = T.to(tl.int64)
+        base = n.to(tl.int64) * S
+    if RESUMED:
+        r = tl.load(offset + n).to(tl.int64)
+    else:
+        r = begin * 0
+    return begin, L, r, base
+
+
+@triton.jit
+def block_count(L, r, C, NB: tl.constexpr, BC: tl.constexpr):
+    """Number of blocks of a sequence of L tokens that starts r tokens into a chunk."""
+    last = r + L - 1
+    return tl.where(L > 0, last // C * NB + last % C // BC - r // BC + 1, 0)
+
+
+@triton.jit
+def block_span(i, L, r, C, NB: tl.constexpr, BC: tl.constexpr):
+    """First token, counted in the sequence, and number of tokens of block i."""
+    chunk = i // NB * C
+    inside = i % NB * BC
+    first = tl.maximum(chunk + inside, r)
+    last = tl.minimum(chunk + tl.minimum(inside + BC, C), r + L)
+    return first - r, last - first
+
+
+@triton.jit
+def load_rows(x, row, H, length, D: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, OP: tl.constexpr):
+    """(BC, BD) tile of `length` tokens of one head, zero outside; `row` = token * H + h."""
+    offs_t = tl.arange(0, BC)[:, None]
+    offs_d = tl.arange(0, BD)[None, :]
+    mask = (offs_t < length) & (offs_d < D)
+    return tl.load(x + row * D + (offs_t * (H * D) + offs_d), mask=mask, other=0).to(OP)
+
+
+@triton.jit
+def store_rows(x, value, row, H, length, D: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr):
+    """Store what `load_rows` would load."""
+    offs_t = tl.arange(0, BC)[:, None]
+    offs_d = tl.arange(0, BD)[None, :]
+    mask = (offs_t < length) & (offs_d < D)
+    tl.store(x + row * D + (offs_t * (H * D) + offs_d), value.to(x.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_square(x, index, D: tl.constexpr, BD: tl.constexpr, OP: tl.constexpr):
+    """(BD, BD) tile of the D x D matrix number `index`, zero outside."""
+    offs_i = tl.arange(0, BD)[:, None]
+    offs_j = tl.arange(0, BD)[None, :]
+    mask = (offs_i < D) & (offs_j < D)
+    return tl.load(x + index * D * D + (offs_i * D + offs_j), mask=mask, other=0).to(OP)
+
+
+@triton.jit
+def store_square(x, value, index, D: tl.constexpr, BD: tl.constexpr):
+    """Store what `load_square` would load."""
+    offs_i = tl.arange(0, BD)[:, None]
+    offs_j = tl.arange(0, BD)[None, :]
+    mask = (offs_i < D) & (offs_j < D)
+    tl.store(x + index * D * D + (offs_i * D + offs_j), value.to(x.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_width(x, h, D: tl.constexpr, BD: tl.constexpr):
+    """(1, BD) row of a parameter (H, D) in float32, zero outside."""
+    offs_d = tl.arange(0, BD)[None, :]
+    return tl.load(x + h * D + offs_d, mask=offs_d < D, other=0).to(tl.float32)
+
+
+@triton.jit
+def mean(x, D: tl.constexpr):
+    """Mean over the D columns that are in use, (BC, 1)."""
+    return (tl.sum(x, 1) / D)[:, None]
+
+
+@triton.jit
+def norm(y, eps, D: tl.constexpr, BD: tl.constexpr):
+    """x = (y - mean y) r and r = 1 / sqrt(var y + eps), (BC, BD) and (BC, 1)."""
+    centred = tl.where(tl.arange(0, BD)[None, :] < D, y - mean(y, D), 0.0)
+    r = tl.rsqrt(mean(centred * centred, D) + eps)
+    return centred * r, r
+
+
+@triton.jit
+def inner_residual(x, target, w, b):
+    """Eq. (2): z = x w + b - target and e = z w."""
+    z = x * w + b - target
+    return z, z * w
+
+
+@triton.jit
+def inner_gradient(y, target, w, b, eps, D: tl.constexpr, BD: tl.constexpr, NORM: tl.constexpr):
+    """Eq. (2): u, (BC, BD)."""
+    if NORM:
+        x, r = norm(y, eps, D, BD)
+        _, e = inner_residual(x, target, w, b)
+        u = r * tl.where(tl.arange(0, BD)[None, :] < D, e - mean(e, D) - x * mean(e * x, D), 0.0)
+    else:
+        u = y - target
+    return u
+
+
+@triton.jit
+def linear_gates(theta, alpha, eta, LOG: tl.constexpr):
+    """theta, a and eta in float32, from what the caller passed."""
+    theta = theta.to(tl.float32)
+    alpha = alpha.to(tl.float32)
+    eta = eta.to(tl.float32)
+    if LOG:
+        theta = tl.exp(theta)
+        a = tl.exp(alpha)
+        eta = tl.exp(eta)
+    else:
+        a = 1 - alpha
+    return theta, a, eta
+
+
+@triton.jit
+def load_gates(theta, alpha, eta, row, H, length, BC: tl.constexpr, LOG: tl.constexpr):
+    """The gates of a block, (BC,) each."""
+    offs_t = tl.arange(0, BC)
+    at = row + offs_t * H
+    mask_t = offs_t < length
+    theta_ = tl.load(theta + at, mask=mask_t, other=0.0)
+    alpha_ = tl.load(alpha + at, mask=mask_t, other=0.0)
+    eta_ = tl.load(eta + at, mask=mask_t, other=0.0)
+    return linear_gates(theta_, alpha_, eta_, LOG)
+
+
+@triton.jit
+def element(x, t, BC: tl.constexpr):
+    """x[t], for a (BC,) tile."""
+    return tl.sum(tl.where(tl.arange(0, BC) == t, x, 0.0), 0)

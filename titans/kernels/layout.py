@@ -1,0 +1,116 @@
+"""Sizes of the blocks, and what every launch of a call shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from titans.call import Call
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the blocks of a call are laid out; see `titans.kernels.device`.
+
+    Attributes
+    ----------
+    slots : int
+        Number of slots K.
+    stride : int
+        Slots per sequence, for sequences that are not packed.
+    slack : int
+        What rounding up costs a packed sequence at most, in tokens.
+    sequence : Tensor, shape (K,), or None
+        The sequence of each slot, -1 for none, for packed sequences.
+    BC, NB : int
+        Tokens per block, blocks per chunk.
+    BD : int
+        D, rounded up to what a dot takes.
+    """
+
+    slots: int
+    stride: int
+    slack: int
+    sequence: Tensor | None
+    BC: int
+    NB: int
+    BD: int
+
+
+def block_tokens(q: Tensor, chunk_size: int) -> int:
+    """Tokens per block: a power of two that the tiles of a program fit the multiprocessor with."""
+    D = q.shape[-1]
+    most = 64 if q.dtype == torch.bfloat16 else (32 if D <= 64 else 16)
+    return min(most, max(16, int(triton.next_power_of_2(chunk_size))))
+
+
+def max_slots(call: Call) -> int:
+    """Number of slots, known without looking at `cu_seqlens` and `offset`."""
+    return call.max_pieces() * -(-call.chunk_size // block_tokens(call.q, call.chunk_size))
+
+
+def layout_of(call: Call) -> Layout:
+    """Lay out the blocks of a call; for packed sequences a few small device operations, no synchronisation."""
+    C, N, D = call.chunk_size, call.M.shape[0], call.q.shape[-1]
+    BC = block_tokens(call.q, C)
+    NB = -(-C // BC)
+    slots = max_slots(call)
+    slack = (1 if call.offset is None else 2) * (C - 1)
+    sequence = None
+    if call.cu_seqlens is not None:
+        cu = call.cu_seqlens.long()
+        base = (cu + torch.arange(N + 1, device=cu.device) * slack) // C * NB
+        slot = torch.arange(slots, device=cu.device)
+        n = torch.searchsorted(base, slot, right=True) - 1
+        sequence = torch.where(n < N, n, -1).int()
+    return Layout(slots, slots // max(N, 1), slack, sequence, BC, NB, max(16, triton.next_power_of_2(D)))
+
+
+def contiguous(call: Call) -> Call:
+    """The call with contiguous tensors, `cu_seqlens` on the device of the others."""
+    cu = None if call.cu_seqlens is None else call.cu_seqlens.to(call.q.device, non_blocking=True)
+    fields = (x.contiguous() if isinstance(x, Tensor) else x for x in call._replace(cu_seqlens=cu))
+    return Call._make(fields)
+
+
+def storage(call: Call) -> torch.dtype:
+    """The dtype in which operands of dots are stored between kernels."""
+    return torch.bfloat16 if call.q.dtype == torch.bfloat16 else torch.float32
+
+
+def places(call: Call, layout: Layout) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """What tells a program which tokens are its own."""
+    return call.cu_seqlens, call.offset, layout.sequence
+
+
+def sizes(call: Call, layout: Layout) -> dict[str, Any]:
+    """Arguments that every kernel takes."""
+    T, H = call.q.shape[1:3]
+    return {
+        "T": T, "H": H, "C": call.chunk_size, "S": layout.stride, "slack": layout.slack,
+        "NB": layout.NB, "BC": layout.BC,
+        "PACKED": call.cu_seqlens is not None, "RESUMED": call.offset is not None,
+        "num_stages": 1, "enable_fp_fusion": True,
+    }  # fmt: skip
+
+
+def tiles(call: Call, layout: Layout) -> dict[str, Any]:
+    """Arguments of the kernels that work on (BC, BD) tiles.
+
+    How dots round their operands: bfloat16 stays what it is. float16 is raised to tf32, which holds it exactly and does
+    not overflow where a state or an inner gradient leaves its range. float32 follows
+    `torch.get_float32_matmul_precision()`; at its "highest", three tf32 products make one of float32.
+    """
+    full = call.q.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    narrow = call.q.dtype == torch.bfloat16
+    return {
+        **sizes(call, layout),
+        "D": call.q.shape[-1], "BD": layout.BD, "NORM": call.w is not None,
+        "OP": tl.bfloat16 if narrow else tl.float32, "PREC": "tf32x3" if full else "tf32",
+        "num_warps": 4 if narrow and layout.BD <= 64 else 8,
+    }  # fmt: skip
