@@ -79,6 +79,10 @@ class Call(NamedTuple):
         slack = (1 if self.offset is None else 2) * (C - 1)
         return N * ((T + slack) // C) if self.cu_seqlens is None else (T + N * slack) // C
 
+    def contiguous(self) -> Call:
+        """The call with contiguous tensors: results must not depend on strides, which choose the order of sums."""
+        return Call._make(x.contiguous() if isinstance(x, Tensor) else x for x in self)
+
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64 inputs, float32 for all others."""

@@ -96,7 +96,8 @@ def state(
 
 def output(x: Tokens, c: Coefficients, u: Tensor, M0: Tensor, S0: Tensor) -> Tensor:
     """Equation (11): y_t = beta_t q_t M0 + f_t q_t S0 - 2 sum_j G_tj (q_t . k_j) u_j, shape (K, H, C, D)."""
-    weights = (x.q @ x.k.mT) * c.G_tj  # (K, H, C, C)
+    # what is above the diagonal may overflow, and must not meet the zeros of G there
+    weights = (x.q @ x.k.mT).tril() * c.G_tj  # (K, H, C, C)
     return c.beta * (x.q @ M0) + c.f * (x.q @ S0) - 2 * (weights @ u)
 
 
@@ -129,8 +130,8 @@ class Grad(NamedTuple):
 
 def output_vjp(x: Tokens, c: Coefficients, u: Tensor, M0: Tensor, S0: Tensor, dy: Tensor) -> Grad:
     """Equations (14): the reverse of `output`; `dy`, shape (K, H, C, D), is the cotangent of y."""
-    scores = x.q @ x.k.mT  # (K, H, C, C)
-    dweights = -2 * (dy @ u.mT)
+    scores = (x.q @ x.k.mT).tril()  # (K, H, C, C)
+    dweights = -2 * (dy @ u.mT).tril()
     dscores = dweights * c.G_tj
     dn, dG = torch.zeros_like(c.n), torch.zeros_like(c.G)
     dG[1:, ..., 0] = (dy * (x.q @ M0)).sum(-1).permute(2, 0, 1)

@@ -30,7 +30,7 @@ def _tensors(count: int) -> str:
 @torch.library.custom_op("titans::chunked", mutates_args=(), schema=f"({_ARGUMENTS}) -> {_tensors(6)}")
 def chunked(*arguments: Any) -> tuple[Tensor, ...]:
     """Compute o, the final M, S and anchor, and the M0 and S0 of every piece (K, H, D, D)."""
-    call, backend = Call(*arguments[:-1]), arguments[-1]
+    call, backend = Call(*arguments[:-1]).contiguous(), arguments[-1]
     with torch.autocast(call.q.device.type, enabled=False):
         if backend == "triton":
             return kernels.forward(call)
@@ -54,9 +54,9 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 def chunked_backward(*arguments: Any) -> tuple[Tensor, ...]:
     """Compute the cotangents of q, k, v, w, b, theta, alpha, eta, M, S and anchor; without w and b theirs are empty."""
     *fields, backend, M0, S0, do, dM, dS, danchor = arguments
-    call = Call(*fields)
-    do = torch.zeros_like(call.q) if do is None else do
-    dM, dS, danchor = (torch.zeros_like(call.M) if d is None else d for d in (dM, dS, danchor))
+    call = Call(*fields).contiguous()
+    do = torch.zeros_like(call.q) if do is None else do.contiguous()
+    dM, dS, danchor = (torch.zeros_like(call.M) if d is None else d.contiguous() for d in (dM, dS, danchor))
     with torch.autocast(call.q.device.type, enabled=False):
         if backend == "triton":
             grads = kernels.backward(call, M0, S0, do, dM, dS, danchor)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from titans.call import Call
 from titans.kernels.coefficients import coefficients_kernel, coefficients_vjp_kernel
-from titans.kernels.layout import Layout, contiguous, layout_of, max_slots, places, sizes, storage, tiles
+from titans.kernels.layout import Layout, layout_of, max_slots, places, sizes, storage, tiles
 from titans.kernels.output import output_kernel, output_vjp_kernel
 from titans.kernels.state import key_vjp_kernel, state_kernel, state_vjp_kernel
 
@@ -18,6 +18,8 @@ __all__ = ["backward", "forward", "max_slots", "reason_against", "storage"]
 
 INTERPRETED = triton.knobs.runtime.interpret
 LARGEST = 128
+# how many blocks ahead the chain loads
+STAGES = 2
 
 
 def reason_against(call: Call) -> str | None:
@@ -57,7 +59,6 @@ def _coefficients(call: Call, layout: Layout) -> _Coefficients:
 
 def forward(call: Call) -> tuple[Tensor, ...]:
     """The op: o, the final M, S and anchor, and for the backward the M0 and S0 of every block."""
-    call = contiguous(call)
     layout = layout_of(call)
     (N, H, D, _), K = call.M.shape, layout.slots
     o, u = torch.empty_like(call.q), torch.empty_like(call.q, dtype=storage(call))
@@ -65,13 +66,13 @@ def forward(call: Call) -> tuple[Tensor, ...]:
     M, S, anchor = (torch.empty_like(call.M) for _ in range(3))
     if K * H == 0:
         return o, call.M.clone(), call.S.clone(), call.anchor.clone(), M0, S0
-    c = _coefficients(call, layout)
+    at, c = places(call, layout), _coefficients(call, layout)
     state_kernel[(N * H,)](
-        call.k, call.v, call.w, call.b, c.ends, c.end, call.M, call.S, call.anchor, *places(call, layout)[:2],
-        M0, S0, u, M, S, anchor, **tiles(call, layout), eps=call.eps, STAGES=2,
+        call.k, call.v, call.w, call.b, c.ends, c.end, call.M, call.S, call.anchor, *at[:2],
+        M0, S0, u, M, S, anchor, **tiles(call, layout), eps=call.eps, STAGES=STAGES,
     )  # fmt: skip
     output_kernel[(K * H,)](
-        call.q, call.k, u, call.w, call.b, c.rows, c.G, M0, S0, *places(call, layout), o,
+        call.q, call.k, u, call.w, call.b, c.rows, c.G, M0, S0, *at, o,
         **tiles(call, layout), eps=call.eps,
     )  # fmt: skip
     return o, M, S, anchor, M0, S0
@@ -81,10 +82,8 @@ def backward(
     call: Call, M0: Tensor, S0: Tensor, do: Tensor, dM: Tensor, dS: Tensor, danchor: Tensor
 ) -> tuple[Tensor | None, ...]:
     """Cotangents of q, k, v, w, b, theta, alpha, eta and of the initial M, S and anchor."""
-    call = contiguous(call)
     layout = layout_of(call)
     (N, H, D, _), K = call.M.shape, layout.slots
-    do, dM, dS, danchor = (x.contiguous() for x in (do, dM, dS, danchor))
     if K * H == 0:
         zeros = [None if x is None else torch.zeros_like(x) for x in call[:8]]
         return *zeros, dM.clone(), dS.clone(), danchor.clone()
@@ -103,7 +102,7 @@ def backward(
     dM_in, dS_in, danchor_in = (torch.empty_like(call.M) for _ in range(3))
     state_vjp_kernel[(N * H,)](
         call.q, call.k, call.v, call.w, call.b, c.ends, c.end, c.rows, x, stats, *at[:2], dM, dS, danchor,
-        dy, du, dM_block, dS_block, dM_in, dS_in, danchor_in, **tile, STAGES=2,
+        dy, du, dM_block, dS_block, dM_in, dS_in, danchor_in, **tile, STAGES=STAGES,
     )  # fmt: skip
     dk, dv = (part if part.dtype == call.k.dtype else torch.empty_like(call.k) for part in (dk_part, du))
     dends, dend = torch.empty_like(c.ends), torch.empty_like(c.end)

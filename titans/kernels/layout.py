@@ -63,19 +63,12 @@ def layout_of(call: Call) -> Layout:
     slack = (1 if call.offset is None else 2) * (C - 1)
     sequence = None
     if call.cu_seqlens is not None:
-        cu = call.cu_seqlens.long()
+        cu = call.cu_seqlens.to(call.q.device, non_blocking=True).long()
         base = (cu + torch.arange(N + 1, device=cu.device) * slack) // C * NB
         slot = torch.arange(slots, device=cu.device)
         n = torch.searchsorted(base, slot, right=True) - 1
         sequence = torch.where(n < N, n, -1).int()
     return Layout(slots, slots // max(N, 1), slack, sequence, BC, NB, max(16, triton.next_power_of_2(D)))
-
-
-def contiguous(call: Call) -> Call:
-    """The call with contiguous tensors, `cu_seqlens` on the device of the others."""
-    cu = None if call.cu_seqlens is None else call.cu_seqlens.to(call.q.device, non_blocking=True)
-    fields = (x.contiguous() if isinstance(x, Tensor) else x for x in call._replace(cu_seqlens=cu))
-    return Call._make(fields)
 
 
 def storage(call: Call) -> torch.dtype:
@@ -85,7 +78,8 @@ def storage(call: Call) -> torch.dtype:
 
 def places(call: Call, layout: Layout) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """What tells a program which tokens are its own."""
-    return call.cu_seqlens, call.offset, layout.sequence
+    cu_seqlens = None if call.cu_seqlens is None else call.cu_seqlens.to(call.q.device, non_blocking=True)
+    return cu_seqlens, call.offset, layout.sequence
 
 
 def sizes(call: Call, layout: Layout) -> dict[str, Any]:

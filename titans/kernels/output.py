@@ -18,6 +18,20 @@ from titans.kernels.device import (
 
 
 @triton.jit
+def lower(x, BC: tl.constexpr):
+    """The (BC, BC) tile x_tj, zero where j > t."""
+    offs = tl.arange(0, BC)
+    return tl.where(offs[None, :] <= offs[:, None], x, 0.0)
+
+
+@triton.jit
+def upper(x, BC: tl.constexpr):
+    """The (BC, BC) tile x_jt, zero where j > t."""
+    offs = tl.arange(0, BC)
+    return tl.where(offs[:, None] <= offs[None, :], x, 0.0)
+
+
+@triton.jit
 def load_lower(G, at, length, BC: tl.constexpr):
     """G_tj of one block, (BC, BC): zero above the diagonal and outside."""
     offs_t = tl.arange(0, BC)[:, None]
@@ -63,7 +77,9 @@ def output_kernel(
     u_ = load_rows(u, row, H, length, D, BC, BD, OP)
     beta = tl.load(rows + pid * 2 * BC + offs_t, mask=offs_t < length, other=0.0)[:, None]
     f = tl.load(rows + (pid * 2 + 1) * BC + offs_t, mask=offs_t < length, other=0.0)[:, None]
-    weights = -2 * load_lower(G, pid, length, BC) * tl.dot(q_, tl.trans(k_), input_precision=PREC)
+    # what is above the diagonal may overflow, and must not meet the zeros of G there
+    scores = lower(tl.dot(q_, tl.trans(k_), input_precision=PREC), BC)
+    weights = -2 * load_lower(G, pid, length, BC) * scores
     y = beta * tl.dot(q_, load_square(M0, pid, D, BD, OP), input_precision=PREC)
     y += f * tl.dot(q_, load_square(S0, pid, D, BD, OP), input_precision=PREC)
     y = tl.dot(weights.to(OP), u_, y, input_precision=PREC)
@@ -135,7 +151,7 @@ def output_vjp_kernel(
     f = tl.load(rows + (pid * 2 + 1) * BC + offs_t, mask=mask_t, other=0.0)[:, None]
     G_ = -2 * load_lower(G, pid, length, BC)
     G_T = -2 * load_lower_transposed(G, pid, length, BC)
-    scores = tl.dot(q_, tl.trans(k_), input_precision=PREC)
+    scores = lower(tl.dot(q_, tl.trans(k_), input_precision=PREC), BC)
     q_M0 = tl.dot(q_, M0_, input_precision=PREC)
     q_S0 = tl.dot(q_, S0_, input_precision=PREC)
     dy_ = load_rows(do, row, H, length, D, BC, BD, tl.float32)
@@ -153,19 +169,17 @@ def output_vjp_kernel(
 
     # (14)
     dy_op = dy_.to(OP)
-    dweights = tl.dot(dy_op, tl.trans(u), input_precision=PREC)
-    offs_j = offs_t[None, :]
-    dG = tl.where(offs_j <= offs_t[:, None], -2 * dweights * scores, 0.0)
+    dweights = lower(tl.dot(dy_op, tl.trans(u), input_precision=PREC), BC)
     # G has been read by every thread
     tl.debug_barrier()
-    tl.store(G + pid * BC * BC + (offs_t[:, None] * BC + offs_j), dG)
+    tl.store(G + pid * BC * BC + (offs_t[:, None] * BC + offs_t[None, :]), -2 * dweights * scores)
     dq_ = beta * tl.dot(dy_op, tl.trans(M0_), input_precision=PREC)
     dq_ += f * tl.dot(dy_op, tl.trans(S0_), input_precision=PREC)
     dq_ = tl.dot((G_ * dweights).to(OP), k_, dq_, input_precision=PREC)
     store_rows(dq, dq_, row, H, length, D, BC, BD)
 
     # the two products again with j along the rows: no product is transposed as the left operand of another
-    weights_T = G_T * tl.dot(k_, tl.trans(q_), input_precision=PREC)
+    weights_T = G_T * upper(tl.dot(k_, tl.trans(q_), input_precision=PREC), BC)
     store_rows(du, tl.dot(weights_T.to(OP), dy_op, input_precision=PREC), row, H, length, D, BC, BD)
-    dscores_T = G_T * tl.dot(u, tl.trans(dy_op), input_precision=PREC)
+    dscores_T = G_T * upper(tl.dot(u, tl.trans(dy_op), input_precision=PREC), BC)
     store_rows(dk, tl.dot(dscores_T.to(OP), q_, input_precision=PREC), row, H, length, D, BC, BD)
