@@ -1,7 +1,11 @@
 """Bad calls: each is a ValueError or TypeError that names argument, rule and value, and nothing is modified."""
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -11,6 +15,7 @@ from torch import Tensor
 from titans import TitansState, check_gates, chunk_titans_linear, titans_linear, titans_linear_step
 
 B, T, H, D, C = 2, 7, 3, 4, 5
+ROOT = Path(__file__).parents[2]
 META = torch.device("meta")  # a second device that every machine has
 NAN, INF = float("nan"), float("inf")
 
@@ -247,9 +252,16 @@ def test_an_unknown_backend_is_explained(backend: Any) -> None:
         chunk_titans_linear(**sequence() | {"backend": backend})
 
 
-def test_triton_on_a_cpu_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    raises(Bad("triton_on_a_cpu", ValueError, "backend", "triton", "triton"), sequence(), chunk_titans_linear)
+def test_triton_on_a_cpu_is_refused_with_the_reason() -> None:
+    """In a process of its own: whether kernels are interpreted is settled when they are imported."""
+    code = """if True:
+        import torch, titans
+        q, gate = torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1)
+        titans.chunk_titans_linear(q, q, q, None, None, gate, gate, gate, backend="triton")
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert re.search(r"ValueError: `backend` 'triton' .*CUDA.*`q` on cpu", run.stderr)
 
 
 @pytest.mark.parametrize("function", [chunk_titans_linear, titans_linear, titans_linear_step, check_gates])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from titans.call import Call
 from titans.kernels.coefficients import coefficients_kernel, coefficients_vjp_kernel
-from titans.kernels.layout import Layout, layout_of, max_slots, places, sizes, storage, tiles
+from titans.kernels.layout import Layout, layout_of, max_slots, places, sizes, stages, storage, tiles
 from titans.kernels.output import output_kernel, output_vjp_kernel
 from titans.kernels.state import key_vjp_kernel, state_kernel, state_vjp_kernel
 
@@ -18,8 +18,6 @@ __all__ = ["backward", "forward", "max_slots", "reason_against", "storage"]
 
 INTERPRETED = triton.knobs.runtime.interpret
 LARGEST = 128
-# how many blocks ahead the chain loads
-STAGES = 2
 
 
 def reason_against(call: Call) -> str | None:
@@ -69,7 +67,7 @@ def forward(call: Call) -> tuple[Tensor, ...]:
     at, c = places(call, layout), _coefficients(call, layout)
     state_kernel[(N * H,)](
         call.k, call.v, call.w, call.b, c.ends, c.end, call.M, call.S, call.anchor, *at[:2],
-        M0, S0, u, M, S, anchor, **tiles(call, layout), eps=call.eps, STAGES=STAGES,
+        M0, S0, u, M, S, anchor, **tiles(call, layout), eps=call.eps, STAGES=stages(layout),
     )  # fmt: skip
     output_kernel[(K * H,)](
         call.q, call.k, u, call.w, call.b, c.rows, c.G, M0, S0, *at, o,
@@ -102,7 +100,7 @@ def backward(
     dM_in, dS_in, danchor_in = (torch.empty_like(call.M) for _ in range(3))
     state_vjp_kernel[(N * H,)](
         call.q, call.k, call.v, call.w, call.b, c.ends, c.end, c.rows, x, stats, *at[:2], dM, dS, danchor,
-        dy, du, dM_block, dS_block, dM_in, dS_in, danchor_in, **tile, STAGES=STAGES,
+        dy, du, dM_block, dS_block, dM_in, dS_in, danchor_in, **tile, STAGES=stages(layout),
     )  # fmt: skip
     dk, dv = (part if part.dtype == call.k.dtype else torch.empty_like(call.k) for part in (dk_part, du))
     dends, dend = torch.empty_like(c.ends), torch.empty_like(c.end)

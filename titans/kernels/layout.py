@@ -93,6 +93,11 @@ def sizes(call: Call, layout: Layout) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def stages(layout: Layout) -> int:
+    """How many blocks are in flight along the chain: small ones leave room for more."""
+    return 3 if layout.BC == 16 and layout.BD <= 64 else 2
+
+
 def tiles(call: Call, layout: Layout) -> dict[str, Any]:
     """Arguments of the kernels that work on (BC, BD) tiles.
 

@@ -1,0 +1,422 @@
+"""What the laws are written with: run an implementation, ask the oracle, compare, and say what is wrong."""
+
+import functools
+import math
+import os
+import platform
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis.errors import HypothesisException
+from hypothesis.strategies import SearchStrategy
+from numpy.typing import NDArray
+from torch import Tensor
+
+import oracle
+from oracle import Cotangents, Inputs, bounds
+from oracle.formats import context, exact
+from properties.problem import Problem
+
+Results = dict[str, Tensor]
+Truth = dict[str, NDArray[np.object_]]
+Radii = dict[str, NDArray[np.float64]]
+Law = Callable[..., None]
+
+STATE = ("M", "S", "anchor")
+# Every tensor that a gradient is asked for; a result named `dq` is the gradient for `q`.
+DIFFERENTIABLE = ("q", "k", "v", "w", "b", "theta", "alpha", "eta", *STATE)
+# Everything an implementation can claim.
+CLAIMS = frozenset(
+    {"plain", "normalised", "varlen", "resume", "offset", "step", "log_gates", "backward"}
+    | {"half", "bfloat16", "float64", "exact", "batch_invariant", "large"}
+)
+# What a replay command needs besides the test and the problem; set by `conftest.py`.
+OPTIONS: list[str] = []
+
+
+@dataclass(frozen=True, repr=False)
+class Implementation:
+    """Something to verify.
+
+    Parameters
+    ----------
+    name : str
+    call, step : callable
+        With the signatures of `titans.chunk_titans_linear` and `titans.titans_linear_step`.
+    state : callable
+        Makes what `call` accepts as an initial state out of M, S, anchor and offset.
+    claims : frozenset of str
+        Which of `CLAIMS` it has.
+    device : str
+    log_space : bool
+        Whether its coefficients are kept in logs.
+    half_operands : bool
+        Whether half-precision inputs are multiplied as such, rather than raised to float32 first.
+    share : float
+        Of the profile's number of examples: slow ones get fewer.
+    """
+
+    name: str
+    call: Callable[..., Any]
+    step: Callable[..., Any] | None
+    state: Callable[..., Any]
+    claims: frozenset[str]
+    device: str = "cpu"
+    log_space: bool = False
+    half_operands: bool = False
+    share: float = 1.0
+
+    def arithmetic(self, dtype: torch.dtype) -> bounds.Arithmetic:
+        """Describe the arithmetic for inputs of this dtype."""
+        operand = dtype if dtype.itemsize == 2 and self.half_operands else None
+        return bounds.arithmetic_for(dtype, log_space=self.log_space, operand=operand)
+
+    def __repr__(self) -> str:
+        """Show the name alone in reports."""
+        return self.name
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """Show the same in Hypothesis's report."""
+        printer.text(self.name)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the state for inputs of this dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class Property:
+    """A law, with the problems that it is about and the claims without which it says nothing."""
+
+    law: Law
+    problems: SearchStrategy[Problem]
+    needs: frozenset[str]
+    share: float
+
+    def test(self, share: float = 1.0) -> Law:
+        """Return the law as a test of problems that Hypothesis invents."""
+        examples = max(1, math.ceil(self.share * share * settings.default.max_examples))
+        return settings(max_examples=examples)(given(problem=self.problems)(self.law))
+
+
+# Every property by its test's name, so that fixtures and meta-tests can call it with what they like.
+PROPERTIES: dict[str, Property] = {}
+
+
+class LawBroken(AssertionError):
+    """An implementation does not do what a law says."""
+
+
+@dataclass
+class Tally:
+    """What one test saw."""
+
+    examples: int = 0
+    ill_conditioned: int = 0
+    worst: float = 0.0
+    where: str = ""
+    compared: bool = False
+    unsure: bool = False
+    failure: tuple[str, Problem] | None = None
+
+    def close_example(self) -> None:
+        """Count the example that just ended, if the oracle was asked in it."""
+        self.examples += self.compared
+        self.ill_conditioned += self.unsure
+        self.compared = self.unsure = False
+
+
+# The tally of the running test; `conftest.py` empties it before each.
+TALLY = Tally()
+
+
+def law(
+    *numbers: str, problems: SearchStrategy[Problem], needs: Iterable[str] = (), share: float = 1.0
+) -> Callable[[Law], Law]:
+    """Make a property of a function of an implementation and a problem.
+
+    Parameters
+    ----------
+    *numbers : str
+        The sections of `SPEC.md` it comes from: "5.2" is law 2.
+    problems : strategy of Problem
+    needs : iterable of str
+        Claims without which the law says nothing.
+    share : float
+        Of the profile's number of examples.
+    """
+
+    def decorate(function: Law) -> Law:
+        @functools.wraps(function)
+        def checked(implementation: Implementation, problem: Problem) -> None:
+            problem = problem.restricted(implementation.claims)
+            try:
+                function(implementation, problem)
+            except HypothesisException:
+                raise
+            except oracle.Unsettled:
+                TALLY.compared = TALLY.unsure = True
+            except Exception as error:
+                TALLY.failure = (function.__name__, problem)
+                error.add_note(explanation(implementation, problem))
+                raise
+            finally:
+                TALLY.close_example()
+
+        found = Property(checked, problems, frozenset(needs), share)
+        PROPERTIES[function.__name__] = found
+        return pytest.mark.law(*numbers, needs=found.needs)(found.test())
+
+    return decorate
+
+
+def replay(law: Law, problem: Problem) -> Law:
+    """Return a law about one problem."""
+
+    def replayed(implementation: Implementation) -> None:
+        law(implementation, problem)
+
+    return replayed
+
+
+def explanation(implementation: Implementation, problem: Problem) -> str:
+    """Say what a failed example was, and how to run it again."""
+    test = os.environ.get("PYTEST_CURRENT_TEST", "TEST (call)").rpartition(" ")[0]
+    options = "".join(f" {option}" for option in OPTIONS)
+    versions = f"python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}"
+    lines = [f"implementation: {implementation.name} on {implementation.device}; {versions}", f"problem: {problem!r}"]
+    if problem.tokens * problem.H <= 8:
+        given = problem.inputs()
+        lines += [f"    {name} = {getattr(given, name).tolist()}" for name in ("theta", "alpha", "eta")]
+    lines.append(f"replay: pytest '{test}'{options} --replay '{problem.to_json()}'")
+    return "\n".join(lines)
+
+
+def run(
+    implementation: Implementation,
+    inputs: Inputs,
+    cotangents: Cotangents | None = None,
+    leaves: Results | None = None,
+) -> Results:
+    """Call an implementation, forward and, given cotangents, backward.
+
+    Parameters
+    ----------
+    implementation : Implementation
+    inputs : Inputs
+    cotangents : Cotangents or None
+    leaves : dict of Tensor or None
+        Pass these tensors, on the right device, instead of those of `inputs`.
+
+    Returns
+    -------
+    dict of Tensor
+        `o`, `M`, `S`, `anchor`, `offset`; with cotangents also `dq`, ... for every differentiable input that was given.
+    """
+    given = (leaves or tensors(inputs)).items()
+    leaves = {name: x.detach().to(implementation.device).requires_grad_(cotangents is not None) for name, x in given}
+    outputs = call(implementation, inputs, leaves)
+    check_form(inputs, outputs)
+    results = {name: x.detach() for name, x in outputs.items()}
+    if cotangents is not None:
+        results |= backward(outputs, leaves, cotangents)
+    return {name: x.cpu() for name, x in results.items()}
+
+
+def call(implementation: Implementation, inputs: Inputs, leaves: Results) -> Results:
+    """Call the implementation on these tensors; the rest comes from `inputs`."""
+    device = implementation.device
+    names = ("q", "k", "v", "w", "b", "theta", "alpha", "eta")
+    start = leaves.get("M")
+    if inputs.S is not None or inputs.anchor is not None:
+        offset = torch.tensor(inputs.offsets, dtype=torch.int64, device=device)
+        start = implementation.state(leaves["M"], leaves["S"], leaves["anchor"], offset)
+    options: dict[str, Any] = {"log_gates": True} if inputs.log_gates else {}
+    if inputs.cu_seqlens is not None:
+        options["cu_seqlens"] = torch.tensor(inputs.cu_seqlens, dtype=torch.int32, device=device)
+    tensors = (leaves.get(name) for name in names)
+    o, final = implementation.call(*tensors, inputs.eps, inputs.chunk_size, start, True, **options)
+    return {"o": o, "M": final.M, "S": final.S, "anchor": final.anchor, "offset": final.offset}
+
+
+def backward(outputs: Results, leaves: Results, cotangents: Cotangents) -> Results:
+    """Return the gradients; an output without a cotangent, or with one of zeros, is left out of the backward pass."""
+    flowing = [
+        (outputs[name], x.to(outputs[name].device))
+        for name in ("o", *STATE)
+        if (x := getattr(cotangents, name)) is not None and outputs[name].requires_grad and bool((x != 0).any())
+    ]
+    gradients: Iterable[Tensor | None] = [None] * len(leaves)
+    if flowing:
+        ends, inflow = zip(*flowing, strict=True)
+        gradients = torch.autograd.grad(ends, list(leaves.values()), inflow, allow_unused=True)
+    pairs = zip(leaves.items(), gradients, strict=True)
+    return {f"d{name}": torch.zeros_like(x) if dx is None else dx.detach() for (name, x), dx in pairs}
+
+
+def check_form(inputs: Inputs, outputs: Results) -> None:
+    """Shapes and dtypes are those of the contract, and the offsets are exactly right."""
+    B, T, H, D = inputs.q.shape
+    N, dtype = len(inputs.sequences), compute_dtype(inputs.q.dtype)
+    ends = [
+        (start + end - begin) % inputs.chunk_size
+        for start, (_, begin, end) in zip(inputs.offsets, inputs.sequences, strict=True)
+    ]
+    expect("o", (outputs["o"].shape, outputs["o"].dtype), ((B, T, H, D), inputs.q.dtype))
+    for name in STATE:
+        expect(name, (outputs[name].shape, outputs[name].dtype), ((N, H, D, D), dtype))
+    expect("offset", outputs["offset"].tolist(), ends)
+
+
+def expect(name: str, actual: object, wanted: object) -> None:
+    """Raise unless two things are equal."""
+    __tracebackhide__ = True
+    if actual != wanted:
+        raise LawBroken(f"`{name}` must be {wanted}, got {actual}")
+
+
+def truth(inputs: Inputs, cotangents: Cotangents | None = None) -> Truth:
+    """Ask the oracle; names as in `run`."""
+    if cotangents is None:
+        output, gradients = oracle.forward(inputs), {}
+    else:
+        output, gradient = oracle.gradient(inputs, cotangents)
+        gradients = {f"d{name}": getattr(gradient, name) for name in tensors(inputs)}
+    return {"o": output.o} | {name: getattr(output.state, name) for name in STATE} | gradients
+
+
+def radii(implementation: Implementation, inputs: Inputs, cotangents: Cotangents | None = None) -> Radii:
+    """Return how far from the truth the implementation may be; names as in `run`."""
+    arithmetic = implementation.arithmetic(inputs.q.dtype)
+    if cotangents is None:
+        radius, gradients = bounds.forward_radius(inputs, arithmetic), {}
+    else:
+        radius, gradient = bounds.gradient_radius(inputs, cotangents, arithmetic)
+        gradients = {f"d{name}": getattr(gradient, name) for name in tensors(inputs)}
+    return {name: getattr(radius, name) for name in ("o", *STATE)} | gradients
+
+
+@functools.lru_cache(maxsize=64)
+def solved(problem: Problem, with_gradient: bool) -> Truth:
+    """Return the oracle's answer to a problem."""
+    return truth(problem.inputs(), problem.cotangents() if with_gradient else None)
+
+
+def check(implementation: Implementation, problem: Problem, gradients: bool = True) -> Results:
+    """Compare everything that the implementation makes of a problem with the oracle's answer, and return it."""
+    gradients = gradients and "backward" in implementation.claims
+    inputs, cotangents = problem.inputs(), problem.cotangents() if gradients else None
+    results = run(implementation, inputs, cotangents)
+    compare(results, solved(problem, gradients), radii(implementation, inputs, cotangents))
+    return results
+
+
+def check_inputs(implementation: Implementation, inputs: Inputs, cotangents: Cotangents | None) -> Results:
+    """Do as `check`, for inputs that are not directly those of a problem."""
+    results = run(implementation, inputs, cotangents)
+    compare(results, truth(inputs, cotangents), radii(implementation, inputs, cotangents))
+    return results
+
+
+def compare(results: Results, wanted: Truth, radius: Radii) -> None:
+    """Raise unless every element of every result is within its radius of the exact value."""
+    TALLY.compared = True
+    overflows = any(not np.isfinite(radius[name]).all() for name in wanted)
+    widest = max((x.dtype.itemsize for x in results.values() if x.is_floating_point()), default=0)
+    for name, exactly in wanted.items():
+        actual = results[name]
+        expect(name, tuple(actual.shape), exactly.shape)
+        if actual.numel():
+            worst = compare_one(name, actual, exactly, radius[name], overflows)
+            # A narrow result may always be half an ulp off, which says nothing about the arithmetic.
+            if worst > TALLY.worst and actual.dtype.itemsize == widest:
+                TALLY.worst, TALLY.where = worst, name
+
+
+def compare_one(
+    name: str, actual: Tensor, exactly: NDArray[np.object_], radius: NDArray[np.float64], overflows: bool
+) -> float:
+    """Compare one result, and return its worst error over radius.
+
+    There is no verdict where the radius is infinite. Where anything overflows, section 4.1 promises nothing finite.
+    """
+    __tracebackhide__ = True
+    size = nearest(np.abs(exactly))
+    measurable = (radius < math.inf) & (actual.isfinite().numpy() | (not overflows))
+    TALLY.unsure |= is_unsure(actual.dtype, size, radius)
+    error = np.abs(exact(actual) - exactly)
+    within = (error <= exact(radius)).astype(bool) | ~measurable
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.where(measurable & (error != 0).astype(bool), nearest(error) / radius, 0)
+    worst = np.unravel_index(np.argmax(np.where(np.isnan(ratio), math.inf, ratio)), ratio.shape)
+    if not within.all():
+        TALLY.worst, TALLY.where = float(ratio[worst]), name
+        raise LawBroken(
+            f"{name}[{', '.join(map(str, worst))}] is wrong\n"
+            f"    exact  {context.nstr(exactly[worst], 20)}\n"
+            f"    actual {actual[worst].item()!r}\n"
+            f"    error  {context.nstr(error[worst], 6)}\n"
+            f"    bound  {radius[worst]:.6g}\n"
+            f"    ratio  {ratio[worst]:.6g}\n"
+            f"    dtype  {actual.dtype}, {(~within).sum()} of {within.size} elements are wrong"
+        )
+    return float(ratio[worst])
+
+
+def nearest(x: Any) -> Any:
+    """Round the oracle's numbers to float64."""
+    return np.asarray(x).astype(np.float64)
+
+
+def is_unsure(dtype: torch.dtype, size: NDArray[np.float64], radius: NDArray[np.float64]) -> bool:
+    """Whether a radius promises not even the leading bit of the largest element: the example is ill-conditioned.
+
+    Where the truth is 0 the radius is that of the cancellation, and where it is next to nothing that of underflow.
+    """
+    form = torch.finfo(compute_dtype(dtype))
+    underflow = max(form.tiny / form.eps**2, torch.finfo(dtype).tiny)
+    if radius.max() < math.inf and (size.max() == 0 or radius.max() < underflow):
+        return False
+    return bool(radius.max() > size.max() / 2)
+
+
+def same(x: Results, y: Results, names: Iterable[str] | None = None) -> None:
+    """Raise unless two runs gave equal numbers; NaN equals NaN."""
+    for name in x if names is None else names:
+        same_tensor(name, x[name], y[name])
+
+
+def same_tensor(name: str, x: Tensor, y: Tensor) -> None:
+    """Raise unless two tensors hold equal numbers; NaN equals NaN."""
+    __tracebackhide__ = True
+    expect(f"{name}.shape", x.shape, y.shape)
+    differs = ~((x == y) | (x.isnan() & y.isnan()))
+    if differs.any():
+        i = tuple(int(n) for n in differs.nonzero()[0])
+        raise LawBroken(
+            f"{name}[{', '.join(map(str, i))}] must not change, but is {x[i].item()!r} in one run and {y[i].item()!r}"
+            f" in the other ({int(differs.sum())} of {x.numel()} elements differ)"
+        )
+
+
+def bits(x: Tensor) -> bytes:
+    """Return the bytes of a tensor's elements, so that even the signs of zeros and NaNs count."""
+    return x.detach().cpu().flatten().clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy().tobytes()
+
+
+def same_bits(x: Results, y: Results) -> None:
+    """Raise unless two runs gave the same bits."""
+    same(x, y)
+    for name in x:
+        expect(f"the bits of {name}", bits(x[name]).hex(), bits(y[name]).hex())
+
+
+def tensors(inputs: Inputs) -> Results:
+    """Return every tensor of some inputs by name."""
+    return {name: x for name in DIFFERENTIABLE if (x := getattr(inputs, name)) is not None}

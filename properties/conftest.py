@@ -1,0 +1,192 @@
+"""Options, profiles, one test per law and implementation, and the summary of what was checked."""
+
+import json
+import os
+import platform
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import mpmath
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from properties import checks
+from properties.implementations import BACKENDS, DEFAULT, devices, implementation
+from properties.problem import Problem
+
+FIXTURES = Path(__file__).parent / "fixtures"
+KEY = "titans"
+REPLAYED = "test_fixture"
+
+# The first example of a process imports, compiles and warms up: no deadline, and slowness is no sign of ill health.
+COMMON: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("dev", max_examples=50, **COMMON)
+settings.register_profile("ci", max_examples=50, derandomize=True, database=None, print_blob=False, **COMMON)
+settings.register_profile("deep", max_examples=2000, **COMMON)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options of the suite."""
+    group = parser.getgroup("properties")
+    group.addoption("--backends", default=DEFAULT, help=f"which of {','.join(BACKENDS)} to verify ({DEFAULT})")
+    group.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where the implementations run (cpu)")
+    group.addoption("--replay", metavar="PROBLEM", help="run the selected laws on this problem alone: JSON or a file")
+    group.addoption("--save-failures", action="store_true", help="write each failure's problem into fixtures/")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Use one thread in each worker; say what a replay command must repeat."""
+    config.addinivalue_line("markers", "law(*sections, needs): the sections of SPEC.md a property comes from")
+    torch.set_num_threads(1)
+    if config.getoption("--device") == "cpu":
+        # Triton looks at this when its kernels are imported.
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+        # NumPy, in the interpreter, warns of what a GPU does in silence.
+        config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
+    else:
+        # Without it cuBLAS refuses to be deterministic.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    named = {"--backends": DEFAULT, "--device": "cpu"}
+    values = {name: config.getoption(name) for name in named}
+    checks.OPTIONS[:] = [f"{name} {values[name]}" for name in named if values[name] != named[name]]
+    config.stash[SEEN] = []
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    """Say what a run's verdict is about."""
+    backend = mpmath.libmp.BACKEND
+    return [
+        f"titans: python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}, "
+        f"mpmath {mpmath.__version__} ({backend}), hypothesis {hypothesis.__version__}",
+        f"titans: backends {config.getoption('--backends')} on {config.getoption('--device')} ({devices()}), "
+        f"profile {settings.get_current_profile_name()} ({settings.default.max_examples} examples per law)",
+    ]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Make one test of each law and implementation; say so where a law needs what is not claimed."""
+    if "implementation" not in metafunc.fixturenames:
+        return
+    device, names = metafunc.config.getoption("--device"), metafunc.config.getoption("--backends").split(",")
+    mark = metafunc.definition.get_closest_marker("law")
+    parameters = []
+    for name in names:
+        subject = implementation(name, device)
+        lacking = (mark.kwargs["needs"] if mark else frozenset()) - subject.claims
+        skip = [pytest.mark.skip(reason=f"not claimed: {', '.join(sorted(lacking))}")] if lacking else []
+        parameters.append(pytest.param(subject, id=name, marks=skip))
+    metafunc.parametrize("implementation", parameters)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Give the laws the problem to replay, and slow implementations fewer examples."""
+    problem = read_problem(config.getoption("--replay"))
+    for item in items:
+        if isinstance(item, pytest.Function) and (law := checks.PROPERTIES.get(item.originalname)):
+            share = item.callspec.params["implementation"].share
+            if problem:
+                item.obj = checks.replay(law.law, problem)
+            elif share != 1:
+                item.obj = law.test(share)
+
+
+def read_problem(given: str | None) -> Problem | None:
+    """Read a problem, alone or in a fixture: JSON, or a file of it."""
+    if given is None:
+        return None
+    fields = json.loads(given if given.lstrip().startswith("{") else Path(given).read_text())
+    return Problem.from_json(json.dumps(fields.get("problem", fields)))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
+    """Tally what the test checks, and keep what it found."""
+    checks.TALLY.__init__()  # type: ignore[misc]
+    try:
+        return (yield)
+    except Exception:
+        if checks.TALLY.failure and item.config.getoption("--save-failures") and "fixture" not in item.fixturenames:
+            save(*checks.TALLY.failure, item.name)
+        raise
+    finally:
+        item.user_properties.append((KEY, summary(item, checks.TALLY)))
+
+
+def summary(item: pytest.Item, tally: checks.Tally) -> dict[str, Any]:
+    """Return what a test was about and its tally, fit to travel from a worker."""
+    subject = item.callspec.params.get("implementation") if isinstance(item, pytest.Function) else None
+    about = {"law": item.name.partition("[")[0], "implementation": subject.name if subject else ""}
+    return about | {name: getattr(tally, name) for name in ("examples", "ill_conditioned", "worst", "where")}
+
+
+def save(law: str, problem: Problem, test: str) -> Path:
+    """Write a problem that broke a law as a fixture."""
+    while True:
+        number = 1 + max((int(path.name[:3]) for path in FIXTURES.glob("[0-9][0-9][0-9]-*.json")), default=0)
+        path = FIXTURES / f"{number:03}-{law.removeprefix('test_').replace('_', '-')}.json"
+        fields = {"why": f"broke {test}", "laws": [law], "problem": json.loads(problem.to_json())}
+        try:
+            with path.open("x") as file:
+                json.dump(fields, file, indent=1)
+                file.write("\n")
+        except FileExistsError:
+            continue
+        return path
+
+
+SEEN = pytest.StashKey[list[dict[str, Any]]]()
+
+
+class Collector:
+    """Gather the tallies of all workers."""
+
+    def __init__(self, seen: list[dict[str, Any]]) -> None:
+        self.seen = seen
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Keep the tally of a test that ran."""
+        for key, tally in report.user_properties:
+            if key == KEY and report.when == "call":
+                self.seen.append(tally)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Listen to the reports."""
+    session.config.pluginmanager.register(Collector(session.config.stash[SEEN]), "titans-collector")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Print what was checked: examples, ill-conditioned ones, the worst error over bound of each law and backend."""
+    seen = [tally for tally in config.stash[SEEN] if tally["implementation"]]
+    if not seen:
+        return
+    names = list(dict.fromkeys(tally["implementation"] for tally in seen))
+    terminalreporter.section("what was checked")
+    terminalreporter.write_line(f"{'worst error / bound, and the result it is in':66}" + columns(names))
+    for law in dict.fromkeys(tally["law"] for tally in seen):
+        cells = [cell([x for x in seen if (x["law"], x["implementation"]) == (law, name)]) for name in names]
+        terminalreporter.write_line(f"  {law.removeprefix('test_'):64}" + columns(cells))
+    generated = [tally for tally in seen if tally["law"] != REPLAYED]
+    examples, unsure = (sum(tally[name] for tally in generated) for name in ("examples", "ill_conditioned"))
+    terminalreporter.write_line(
+        f"{examples} generated examples checked against the oracle, {unsure} of them ill-conditioned "
+        f"(some radius above half of the largest exact value); {len(seen) - len(generated)} replays of fixtures"
+    )
+
+
+def columns(texts: list[str]) -> str:
+    """Align texts at the right."""
+    return "".join(f"{text:>20}" for text in texts)
+
+
+def cell(tallies: list[dict[str, Any]]) -> str:
+    """Show one law's worst ratio; a law that compares bits has none."""
+    if not any(tally["examples"] for tally in tallies):
+        return "bits" if tallies else "-"
+    worst = max(tallies, key=lambda tally: tally["worst"])
+    return f"{worst['worst']:.3f} {worst['where']}"

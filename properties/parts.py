@@ -1,0 +1,120 @@
+"""Parts of a call: some of its sequences and heads, or some of its tokens, resumed one after the other."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from oracle import Cotangents, Inputs
+from properties.checks import STATE, Implementation, Results, backward, call, check_form, tensors
+
+TOKENS = ("q", "k", "v", "theta", "alpha", "eta")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some sequences and heads of a call, in any order.
+
+    Parameters
+    ----------
+    of : Inputs
+        The whole call.
+    sequences, heads : sequence of int
+    """
+
+    of: Inputs
+    sequences: Sequence[int]
+    heads: Sequence[int]
+
+    def inputs(self) -> Inputs:
+        """Return the call that this part is."""
+        of = self.of
+        lengths = [end - begin for _, begin, end in (of.sequences[n] for n in self.sequences)]
+        packed = of.cu_seqlens is not None
+        return replace(
+            of,
+            **{name: self.select(name, x) for name, x in tensors(of).items()},
+            offset=None if of.offset is None else tuple(of.offset[n] for n in self.sequences),
+            cu_seqlens=tuple(int(n) for n in np.cumsum([0, *lengths])) if packed else None,
+        )
+
+    def cotangents(self, of: Cotangents) -> Cotangents:
+        """Return what flows into this part."""
+        given = {name: x for name in ("o", *STATE) if (x := getattr(of, name)) is not None}
+        return Cotangents(**{name: self.select(name, x) for name, x in given.items()})
+
+    def select(self, name: str, x: Any) -> Any:
+        """Return this part of a tensor or array of the call, or of its gradient."""
+        name = name if name == "o" else name.removeprefix("d")
+        if name in ("w", "b"):
+            return x[list(self.heads)]
+        if name in STATE:
+            return x[list(self.sequences)][:, list(self.heads)]
+        if self.of.cu_seqlens is None:
+            return x[list(self.sequences)][:, :, list(self.heads)]
+        tokens = [t for n in self.sequences for t in range(*self.of.sequences[n][1:])]
+        return x[:, tokens][:, :, list(self.heads)]
+
+    def select_all(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Select from every result; the gradients of w and b only where no sequence is missing."""
+        complete = len(self.sequences) == len(self.of.sequences)
+        return {n: self.select(n, x) for n, x in results.items() if complete or n not in ("dw", "db")}
+
+
+def spans(T: int, splits: Sequence[int]) -> list[slice]:
+    """Return the pieces between the splits; empty ones are welcome."""
+    ends = sorted(min(split, T) for split in splits)
+    return [slice(*span) for span in pairwise((0, *ends, T))]
+
+
+def piece(inputs: Inputs, span: slice) -> Inputs:
+    """Return some tokens of an unpacked call, with its initial state."""
+    return replace(inputs, **{name: getattr(inputs, name)[:, span] for name in TOKENS})
+
+
+def resumed(inputs: Inputs, state: Results) -> Inputs:
+    """Return the call with the state that another one left."""
+    return replace(inputs, **{name: state[name] for name in STATE}, offset=tuple(state["offset"].tolist()))
+
+
+def chain(implementation: Implementation, inputs: Inputs, cotangents: Cotangents, splits: Sequence[int]) -> Results:
+    """Run a call in pieces, each resumed from the last, and differentiate through all of them at once; as `run`."""
+    given = tensors(inputs).items()
+    leaves = {name: x.detach().to(implementation.device).requires_grad_() for name, x in given}
+    state, o = None, []
+    for span in spans(inputs.q.shape[1], splits):
+        part, now = piece(inputs, span), leaves | {name: leaves[name][:, span] for name in TOKENS}
+        if state is not None:
+            part, now = resumed(part, state), now | {name: state[name] for name in STATE}
+        outputs = call(implementation, part, now)
+        check_form(part, outputs)
+        o.append(outputs["o"])
+        state = {name: outputs[name] for name in (*STATE, "offset")}
+    whole = {"o": torch.cat(o, 1), **(state or {})}
+    results = {name: x.detach() for name, x in whole.items()} | backward(whole, leaves, cotangents)
+    return {name: x.cpu() for name, x in results.items()}
+
+
+def stepping(implementation: Implementation) -> Implementation:
+    """Return the implementation's step as an implementation of its own, for calls of one token."""
+
+    def one_token(*arguments: Any, **options: Any) -> tuple[Tensor, Any]:
+        q, k, v, w, b, theta, alpha, eta, eps, chunk_size, state, _ = arguments
+        now = (x[:, 0] for x in (q, k, v))
+        gates = (x[:, 0] for x in (theta, alpha, eta))
+        o, final = implementation.step(*now, w, b, *gates, state, eps, chunk_size, **options)
+        return o[:, None], final
+
+    return replace(implementation, call=one_token)
+
+
+def reverse_pieces(calls: Sequence[Inputs], cotangents: Cotangents, ends: Sequence[slice]) -> Iterator[Any]:
+    """Go back through the pieces: yields each with its cotangents, and is sent its results."""
+    state = {name: getattr(cotangents, name) for name in STATE}
+    for part, span in zip(reversed(calls), reversed(ends), strict=True):
+        results = yield part, Cotangents(o=cotangents.o[:, span], **state)
+        state = {name: results.get(f"d{name}") for name in STATE}

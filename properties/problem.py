@@ -1,0 +1,374 @@
+"""A problem: a small readable descriptor and a seed, from which every tensor of one call of the op is built.
+
+Gates and values are described by short texts, a kind and its parameters:
+
+gates   `constant x`, `ramp x y` (over the sequence), `spike x y p` (x, but y at place p mod C of each chunk),
+        `single x y t` (x, but y at token t mod T), `alternate x y`, `random x y` (each anywhere between),
+        `uniform n` (in (0, 2^n)), `sigmoid c s` (of c + s times something in (-1, 1))
+levels  x and y are one of `0`, `1`, `2^n`, `1-2^n`
+values  `random n` (in (-2^n, 2^n)), `unit n` (rows of length 2^n), `equal n` (all tokens alike), `flat n` (all entries
+        of a row alike: variance 0), `zero` (zeros of both signs), `signs` (0, -0, 1 and -1), `integers n` (in [-n, n]),
+        `spike n t` (`random 0`, token t mod T times 2^n), `basis` (token t is the unit vector t mod D)
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from oracle import Cotangents, Inputs
+
+Array = NDArray[np.float64]
+
+DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
+HALF = ("bfloat16", "float16")
+INITIAL = ("none", "zero", "M", "full")
+TENSORS = ("q", "k", "v", "w", "b", "theta", "alpha", "eta", "M", "S", "anchor")
+
+
+@dataclass(frozen=True, repr=False)
+class Problem:
+    """One call of the op; the defaults are the plainest call there is.
+
+    Parameters
+    ----------
+    lengths : tuple of int
+        Tokens of each sequence.
+    packed : bool
+        One row with `cu_seqlens`; otherwise a batch, whose sequences have the same length.
+    H, D, C : int
+        Heads, head width, chunk length.
+    memory : {"plain", "normalised"}
+    initial : {"none", "zero", "M", "full"}
+        The initial state: not given, M = 0 given, M alone given, or M, S, anchor and `offsets`.
+    offsets : tuple of int
+        With "full": tokens already consumed of each sequence's running chunk; where it is 0 the anchor is M.
+    splits : tuple of int
+        Where the law of splitting cuts each sequence.
+    theta, alpha, eta, q, k, v, w, b, state : str
+        What the gates and values are like; see the top of this module.
+    cotangent : str
+        Which of `o M S anchor` have a cotangent.
+    dtype, gate_dtype : str
+        Of q, k, v, w, b and of the gates; a state is float64 where q is, else float32.
+    log_gates : bool
+    eps : float
+    seed : int
+        Of everything random.
+    explicit : tuple of (name, values)
+        Tensors given by their values instead, flattened.
+    """
+
+    lengths: tuple[int, ...] = (1,)
+    packed: bool = False
+    H: int = 1
+    D: int = 1
+    C: int = 1
+    memory: str = "plain"
+    initial: str = "none"
+    offsets: tuple[int, ...] = ()
+    splits: tuple[int, ...] = ()
+    theta: str = "constant 2^-1"
+    alpha: str = "constant 2^-1"
+    eta: str = "constant 2^-1"
+    q: str = "random 0"
+    k: str = "unit 0"
+    v: str = "random 0"
+    w: str = "random 0"
+    b: str = "random 0"
+    state: str = "random 0"
+    cotangent: str = "o M S anchor"
+    dtype: str = "float32"
+    gate_dtype: str = "float32"
+    log_gates: bool = False
+    eps: float = 1e-6
+    seed: int = 0
+    explicit: tuple[tuple[str, tuple[float, ...]], ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse what is no problem at all, so that a file with a mistake in it says so."""
+        rules = {
+            "a batch must have sequences of one length": self.packed or len(set(self.lengths)) == 1,
+            "lengths must be >= 0, H, D and C >= 1": min(self.lengths, default=0) >= 0 < min(self.H, self.D, self.C),
+            f"initial must be one of {INITIAL}": self.initial in INITIAL,
+            "memory must be plain or normalised": self.memory in ("plain", "normalised"),
+            "a full state needs one offset in [0, C) for each sequence, the others none": (
+                len(self.offsets) == (len(self.lengths) if self.initial == "full" else 0)
+                and all(0 <= offset < self.C for offset in self.offsets)
+            ),
+            "dtypes must be known, and gates not wider than q": (
+                {self.dtype, self.gate_dtype} <= set(DTYPES)
+                and (self.gate_dtype != "float64" or self.dtype == "float64")
+            ),
+        }
+        for rule, holds in rules.items():
+            if not holds:
+                raise ValueError(f"{rule}, got {self!r}")
+
+    def __repr__(self) -> str:
+        """Show what differs from the plainest call; Python reads it back."""
+        changed = (f"{name}={value!r}" for name, value in self._changed().items())
+        return f"Problem({', '.join(changed)})"
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """Show the same in Hypothesis's report."""
+        printer.text(repr(self))
+
+    def _changed(self) -> dict[str, Any]:
+        fields = dataclasses.fields(self)
+        return {f.name: getattr(self, f.name) for f in fields if getattr(self, f.name) != f.default}
+
+    def to_json(self) -> str:
+        """Write what differs from the plainest call, floats in hexadecimal."""
+        return json.dumps(_hexadecimal(self._changed()), separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Problem":
+        """Read what `to_json` wrote."""
+        fields = {name: _tuples(value) for name, value in json.loads(text).items()}
+        if "eps" in fields:
+            fields["eps"] = _float(fields["eps"])
+        if "explicit" in fields:
+            fields["explicit"] = tuple((name, tuple(map(_float, values))) for name, values in fields["explicit"])
+        return cls(**fields)
+
+    @property
+    def sequences(self) -> int:
+        """Number of sequences."""
+        return len(self.lengths)
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens in all sequences."""
+        return sum(self.lengths)
+
+    @property
+    def B(self) -> int:
+        """Rows of the batch."""
+        return 1 if self.packed else self.sequences
+
+    @property
+    def cu_seqlens(self) -> tuple[int, ...] | None:
+        """Where the packed sequences begin and end."""
+        return tuple(int(n) for n in np.cumsum((0, *self.lengths))) if self.packed else None
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """The place in its chunk at which each sequence starts."""
+        return self.offsets or (0,) * self.sequences
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of the arithmetic and the state."""
+        return torch.float64 if self.dtype == "float64" else torch.float32
+
+    @property
+    def features(self) -> frozenset[str]:
+        """What an implementation needs to claim for this problem."""
+        uses = {
+            self.memory: True,
+            "varlen": self.packed,
+            "resume": self.initial == "full",
+            "offset": any(self.offsets),
+            "log_gates": self.log_gates,
+            "half": self.dtype in HALF or self.gate_dtype in HALF,
+            "bfloat16": "bfloat16" in (self.dtype, self.gate_dtype),
+            "float64": self.dtype == "float64",
+            "large": self != self._small(),
+        }
+        return frozenset(feature for feature, used in uses.items() if used)
+
+    def restricted(self, claims: Collection[str]) -> "Problem":
+        """Return the nearest problem that an implementation with these claims takes."""
+        lacking = self.features - frozenset(claims)
+        change: dict[str, Any] = {}
+        if lacking & {"plain", "normalised"}:
+            change["memory"] = "normalised" if self.memory == "plain" else "plain"
+        if lacking & {"half", "bfloat16", "float64"}:
+            other = {"float16": "float32", "float32": "float32", "float64": "float32"}
+            other["bfloat16"] = "float16" if "half" in claims else "float32"
+            change |= {"dtype": other[self.dtype], "gate_dtype": other[self.gate_dtype]}
+        if "log_gates" in lacking:
+            change["log_gates"] = False
+        if "varlen" in lacking:
+            change |= {"packed": False, "lengths": (max(self.lengths),) * self.sequences}
+        if "resume" in lacking:
+            change |= {"initial": "M", "offsets": ()}
+        elif "offset" in lacking:
+            change["offsets"] = (0,) * self.sequences
+        restricted = dataclasses.replace(self, **change)
+        return restricted._small() if "large" in lacking else restricted
+
+    def _small(self) -> "Problem":
+        """Return the same with a few heads, sequences and chunks, for an implementation that takes seconds for more."""
+        if self.explicit:
+            return self
+        few = 3 if self.packed else 2
+        lengths = tuple(min(length, 2 * self.C + 1) for length in self.lengths[:few])
+        return dataclasses.replace(self, H=min(self.H, 2), lengths=lengths, offsets=self.offsets[:few])
+
+    def inputs(self) -> Inputs:
+        """Build everything that the op is given."""
+        t = {name: self._tensor(name) for name in TENSORS}
+        return Inputs(
+            **t,
+            eps=self.eps,
+            chunk_size=self.C,
+            offset=self.offsets if self.initial == "full" else None,
+            cu_seqlens=self.cu_seqlens,
+            log_gates=self.log_gates,
+        )
+
+    def cotangents(self) -> Cotangents:
+        """Build the gradients that flow in; zeros for an `o` without one."""
+        o, given = self._shape("q"), self.cotangent.split()
+        state = (self.sequences, self.H, self.D, self.D)
+        do = self._values("random 0" if "o" in given else "zero", "do", o)
+        others = {
+            name: _to(self._values("random 0", "d" + name, state), self.compute_dtype) if name in given else None
+            for name in ("M", "S", "anchor")
+        }
+        return Cotangents(o=_to(do, DTYPES[self.dtype]), **others)
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        row = (self.B, self.tokens // self.B)
+        if name in ("q", "k", "v"):
+            return (*row, self.H, self.D)
+        if name in ("theta", "alpha", "eta"):
+            return (*row, self.H)
+        return (self.H, self.D) if name in ("w", "b") else (self.sequences, self.H, self.D, self.D)
+
+    def _tensor(self, name: str) -> Tensor | None:
+        gate, parameter, state = name in ("theta", "alpha", "eta"), name in ("w", "b"), name in ("M", "S", "anchor")
+        if parameter and self.memory == "plain":
+            return None
+        if state and (self.initial == "none" or (name != "M" and self.initial != "full")):
+            return None
+        dtype = self.compute_dtype if state else DTYPES[self.gate_dtype if gate else self.dtype]
+        explicit = dict(self.explicit)
+        if name in explicit:
+            return torch.tensor(explicit[name], dtype=torch.float64).reshape(self._shape(name)).to(dtype)
+        if gate:
+            return _to(self._gate(name), dtype)
+        if name == "anchor":
+            M = self._tensor("M")
+            moved = torch.tensor(self.offsets).bool()[:, None, None, None]
+            return torch.where(moved, _to(self._values(self.state, name, self._shape(name)), dtype), M)
+        profile = getattr(self, "state" if state else name)
+        profile = "zero" if state and self.initial == "zero" else profile
+        return _to(self._values(profile, name, self._shape(name)), dtype)
+
+    def _gate(self, name: str) -> Array:
+        """Return theta, alpha or eta, or log theta, log (1 - alpha) or log eta."""
+        kind, *words = getattr(self, name).split()
+        shape = (self.tokens, self.H)
+        place = np.concatenate([np.arange(n) for n in self.lengths])[:, None]
+        length = np.repeat(self.lengths, self.lengths)[:, None]
+        phase = (place + np.repeat(self.starts, self.lengths)[:, None]) % self.C
+        some = _stream(self.seed, name, shape)
+        if kind == "uniform":
+            s = -float(words[0]) - np.log2(some)
+        elif kind == "sigmoid":
+            x = float(words[0]) + float(words[1]) * (2 * some - 1)
+            s = np.where((x < 0) | (name == "theta"), np.log2(1 + np.exp(-x)), -np.log2(1 + np.exp(x)))
+        else:
+            first, second = _level(words[0]), _level(words[1]) if len(words) > 1 else 0.0
+            steps = {
+                "constant": lambda: first,
+                "ramp": lambda: first + (second - first) * place / np.maximum(length - 1, 1),
+                "random": lambda: first + (second - first) * some,
+                "spike": lambda: np.where(phase == int(words[2]) % self.C, second, first),
+                "single": lambda: np.where(place == int(words[2]) % np.maximum(length, 1), second, first),
+                "alternate": lambda: np.where(place % 2, second, first),
+            }
+            s = steps[kind]()
+            if name != "theta" and kind in ("ramp", "random"):
+                s = np.where(abs(s) < 1, np.copysign(1, s), s)
+        s = np.broadcast_to(s, shape).reshape(self._shape(name))
+        if not self.log_gates:
+            return _power(s, name == "theta")
+        return _log_power(-s if name == "alpha" else s, name == "theta")
+
+    def _values(self, profile: str, name: str, shape: tuple[int, ...]) -> Array:
+        kind, *words = profile.split()
+        some = _stream(self.seed, name, shape)
+        size = math.ldexp(1, int(words[0])) if words and kind not in ("integers", "spike") else 1.0
+        x = 2 * some - 1
+        tokens = x.reshape(-1, *shape[-2:])
+        if kind == "unit":
+            return x * size / np.sqrt((x * x).sum(-1, keepdims=True))
+        if kind == "equal":
+            first = tokens[:1] if len(tokens) else np.ones((1, *shape[-2:]))
+            return np.broadcast_to(first * size, tokens.shape).reshape(shape)
+        if kind == "flat":
+            return np.broadcast_to(x[..., :1] * size, shape)
+        if kind == "zero":
+            return np.copysign(0, x)
+        if kind == "signs":
+            return np.where(abs(x) < 0.5, np.copysign(0, x), np.copysign(1, x))
+        if kind == "integers":
+            return np.floor(some * (2 * int(words[0]) + 1)) - int(words[0])
+        if kind == "basis":
+            units = np.eye(shape[-1])[np.arange(len(tokens)) % shape[-1]]
+            return np.broadcast_to(units[:, None], tokens.shape).reshape(shape)
+        if kind == "spike":
+            place = np.concatenate([np.arange(n) == int(words[1]) % max(n, 1) for n in self.lengths])
+            return (tokens * np.where(place, math.ldexp(1, int(words[0])), 1)[:, None, None]).reshape(shape)
+        if kind == "random":
+            return x * size
+        raise ValueError(f"the kind of `{name}` is unknown: {profile!r}")
+
+
+def _stream(seed: int, name: str, shape: tuple[int, ...]) -> Array:
+    """Return numbers in (0, 1), the same everywhere: NumPy promises its raw bit streams, not its distributions."""
+    raw = np.random.PCG64([seed, crc32(name.encode())]).random_raw(math.prod(shape))
+    return ((raw >> np.uint64(12)).astype(np.float64) + 0.5).reshape(shape) * 2.0**-52
+
+
+def _level(text: str) -> float:
+    """Return the coordinate s of a level: 2^-s at s >= 0, 1 - 2^s below; infinite for exactly 0 and 1."""
+    if text in ("0", "1"):
+        return math.inf if text == "0" else -math.inf
+    return float(text[4:]) if text.startswith("1-2^") else -float(text[2:])
+
+
+def _power(s: Array, unbounded: bool) -> Array:
+    """Return the gate at coordinate s; an unbounded one (theta) is 2^-s throughout."""
+    if unbounded:
+        return np.exp2(-s)
+    return np.where(s >= 0, np.exp2(-np.maximum(s, 0)), 1 - np.exp2(np.where(s < 0, s, -1)))
+
+
+def _log_power(s: Array, unbounded: bool) -> Array:
+    """Return the log of the gate at coordinate s, right however near the gate is to 1."""
+    if unbounded:
+        return -s * math.log(2)
+    return np.where(s >= 0, -np.maximum(s, 0) * math.log(2), np.log1p(-np.exp2(np.where(s < 0, s, -1))))
+
+
+def _to(x: Array, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(x).to(dtype)
+
+
+def _hexadecimal(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _hexadecimal(item) for name, item in value.items()}
+    if isinstance(value, tuple):
+        return [_hexadecimal(item) for item in value]
+    return value.hex() if isinstance(value, float) else value
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _float(value: str | float) -> float:
+    return float.fromhex(value) if isinstance(value, str) else float(value)

@@ -1,0 +1,174 @@
+"""Problems for Hypothesis: what is valid, not what is likely. Everything shrinks towards the plainest call."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
+
+from properties.problem import HALF, Problem
+
+# Gates in [0, 1], mild ones first: ends of the range, last bits of each format, smallest normals and subnormals.
+NEAR_0 = tuple(f"2^-{n}" for n in (2, 3, 4, 8, 11, 16, 24, 25, 53, 64, 126, 133, 149, 1022, 1074, 2000))
+NEAR_1 = tuple(f"1-2^-{n}" for n in (2, 3, 4, 6, 8, 11, 12, 16, 24, 25, 53, 160, 2000))
+UNIT_LEVELS = ("2^-1", *NEAR_0[:3], *NEAR_1[:3], "0", "1", *NEAR_0[3:], *NEAR_1[3:])
+THETA_LEVELS = ("2^-1", *NEAR_0[:3], "2^0", "2^1", "2^3", "0", *NEAR_0[3:])
+PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23)
+EPS = (1e-6, 1e-5, 1e-3, 1.0)
+# What one problem may cost the oracle: tokens * heads * D^2.
+CELLS = 1200
+
+
+@st.composite
+def gates(draw: st.DrawFn, levels: Sequence[str] = UNIT_LEVELS, C: int = 16, T: int = 16) -> str:
+    """Draw what one gate is like."""
+    level = st.sampled_from(levels)
+    between = st.sampled_from([x for x in levels if x not in ("0", "1")])
+    # A decay of 2^-n whose product leaves float32 within a chunk, and only over the whole sequence.
+    fading = [-(-150 // max(n, 1)) for n in (C, T, 2 * C, 2 * T)]
+    form = "1-2^-{}" if "1" in levels and draw(st.booleans()) else "2^-{}"
+    kinds: dict[str, SearchStrategy[str]] = {
+        "constant": st.builds("constant {}".format, level),
+        "random": st.builds("random {} {}".format, between, between),
+        "uniform": st.builds("uniform {}".format, st.sampled_from((0, -1, -3, -8))),
+        "alternate": st.builds("alternate {} {}".format, level, level),
+        "spike": st.builds("spike {} {} {}".format, level, level, st.sampled_from((-1, 0, 1, -2))),
+        "single": st.builds("single {} {} {}".format, level, level, st.integers(0, max(T - 1, 0))),
+        "ramp": st.builds("ramp {} {}".format, between, between),
+        "sigmoid": st.builds("sigmoid {} {}".format, st.sampled_from((0, 4, 8, 16, -8, -16)), st.sampled_from((1, 8))),
+        "fading": st.builds("constant {}".format, st.sampled_from([form.format(n) for n in fading])),
+    }
+    return draw(kinds[draw(st.sampled_from(tuple(kinds)))])
+
+
+@st.composite
+def lengths_near(draw: st.DrawFn, C: int, most: int) -> int:
+    """Draw a length near a multiple of C, a prime, or any."""
+    edges = {1, 0, C - 1, C, C + 1, *(n * C + d for n in (2, 3) for d in (-1, 0, 1)), *PRIMES}
+    fitting = sorted((T for T in edges if 0 <= T <= most), key=lambda T: (T == 0, T))
+    return draw(st.one_of(st.sampled_from(fitting), st.integers(0, most)))
+
+
+def values(huge: int, tiny: int) -> SearchStrategy[str]:
+    """Draw what q, k or v are like; `huge` and `tiny` are the exponents of the largest and smallest sizes."""
+    size = st.sampled_from((0, -1, 1, -4, 4, tiny // 2, huge, tiny))
+    return st.one_of(
+        st.builds("unit {}".format, size),
+        st.builds("random {}".format, size),
+        st.sampled_from(("signs", "integers 2", "basis", "flat 0", "zero")),
+        st.builds("equal {}".format, st.sampled_from((0, 2, -4))),
+        st.builds("spike {} {}".format, st.sampled_from((huge, 4)), st.integers(0, 24)),
+    )
+
+
+MILD_VALUES = st.sampled_from(("random 0", "unit 0", "random -2", "random 2", "signs", "equal 0", "flat 0", "basis"))
+STATES = st.sampled_from(
+    ("random 0", "random -4", "random 2", "unit 0", "equal 0", "flat 0", "zero", "integers 2", "random -20")
+)
+
+
+@st.composite
+def problems(
+    draw: st.DrawFn,
+    *,
+    D: Sequence[int] = (1, 2, 3, 4, 5, 7, 8),
+    C: Sequence[int] = (1, 2, 3, 4, 5, 7, 8, 16),
+    heads: int = 3,
+    sequences: int = 3,
+    most: int = 24,
+    memories: Sequence[str] = ("plain", "normalised"),
+    dtypes: Sequence[str] = ("float32", "float64", *HALF),
+    initial: Sequence[str] = ("none", "M", "full", "zero"),
+    packed: bool | None = None,
+    log_gates: bool | None = None,
+    unit_levels: Sequence[str] = UNIT_LEVELS,
+    theta_levels: Sequence[str] = THETA_LEVELS,
+    wild: bool = True,
+    **fixed: Any,
+) -> Problem:
+    """Draw any problem within these choices; whatever is `fixed` has that value.
+
+    Parameters
+    ----------
+    D, C, memories, dtypes, initial, unit_levels, theta_levels : sequence
+        What to choose from, the plainest first.
+    heads, sequences, most : int
+        At most so many heads, sequences, and tokens in a sequence.
+    packed, log_gates : bool or None
+        None: either.
+    wild : bool
+        Whether q, k and v may be huge, tiny or all zero.
+    **fixed
+        Fields of `Problem`, or strategies for them.
+    """
+    memory, dtype = draw(st.sampled_from(memories)), draw(st.sampled_from(dtypes))
+    width, chunk, H = draw(st.sampled_from(D)), draw(st.sampled_from(C)), draw(st.integers(1, heads))
+    is_packed = draw(st.booleans()) if packed is None else packed
+    N = draw(st.integers(1, sequences))
+    # Rounding errors grow exponentially over the chunks of a normalised memory.
+    longest = max(1, min(most, CELLS // (N * H * width**2), 3 * chunk + 1 if memory == "normalised" else most))
+    length = lengths_near(chunk, longest)
+    lengths = tuple(draw(st.lists(length, min_size=N, max_size=N))) if is_packed else (draw(length),) * N
+    start = draw(st.sampled_from(initial))
+    place = st.one_of(st.integers(0, chunk - 1), st.just(chunk - 1))
+    kinds = values(*{"float64": (40, -300), "float16": (3, -14)}.get(dtype, (12, -120))) if wild else MILD_VALUES
+    narrower = {"float64": ("float64", "float32", *HALF)}.get(dtype, ("float32", *HALF))
+    if dtype not in narrower or not set(HALF) & set(dtypes):
+        narrower = (dtype,)
+    unit, theta = (gates(levels, chunk, max(lengths)) for levels in (unit_levels, theta_levels))
+    fields: dict[str, Any] = {
+        "theta": theta,
+        "alpha": unit,
+        "eta": unit,
+        "q": kinds,
+        "k": kinds,
+        "v": kinds,
+        "w": st.sampled_from(("random 0", "flat 0", "zero", "random 2")),
+        "b": st.sampled_from(("random 0", "zero")),
+        "state": STATES,
+        "cotangent": st.sampled_from(("o M S anchor", "o", "M", "S", "anchor", "o M", "M S anchor")),
+        "log_gates": st.booleans() if log_gates is None else st.just(log_gates),
+        "eps": st.sampled_from(EPS),
+        "gate_dtype": st.sampled_from(narrower),
+    } | fixed
+    if memory == "plain":
+        fields = {name: fields[name] for name in fields if name not in ("w", "b", "eps")}
+    return Problem(
+        lengths=lengths,
+        packed=is_packed,
+        H=H,
+        D=width,
+        C=chunk,
+        memory=memory,
+        initial=start,
+        offsets=tuple(draw(st.lists(place, min_size=N, max_size=N))) if start == "full" else (),
+        dtype=dtype,
+        **{name: draw(field) if isinstance(field, SearchStrategy) else field for name, field in fields.items()},
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+@st.composite
+def split(draw: st.DrawFn, whole: SearchStrategy[Problem]) -> Problem:
+    """Draw a problem and places to cut its sequences at: anywhere, several at once, even at the ends."""
+    problem = draw(whole)
+    cuts = draw(st.lists(st.integers(0, max(problem.lengths)), min_size=1, max_size=3))
+    return replace(problem, splits=tuple(sorted(cuts)))
+
+
+@st.composite
+def explicit(draw: st.DrawFn) -> Problem:
+    """Draw a tiny problem with every number of it: Hypothesis may then find and shrink any value."""
+    T, D = draw(st.integers(1, 3)), draw(st.integers(1, 2))
+    memory = draw(st.sampled_from(("plain", "normalised")))
+    real = st.floats(-4, 4, width=32)
+    gate = st.one_of(st.sampled_from((0.5, 0.0, 1.0)), st.floats(0, 1, width=32))
+    sizes = {"q": T * D, "k": T * D, "v": T * D, "theta": T, "alpha": T, "eta": T, "M": D * D}
+    sizes |= {"w": D, "b": D} if memory == "normalised" else {}
+    given = {
+        name: tuple(draw(st.lists(gate if name in ("theta", "alpha", "eta") else real, min_size=n, max_size=n)))
+        for name, n in sizes.items()
+    }
+    C = draw(st.integers(1, 4))
+    return Problem(lengths=(T,), D=D, C=C, memory=memory, initial="M", explicit=tuple(given.items()))

@@ -1,0 +1,32 @@
+"""Failures that were found once, replayed against every implementation: the oracle supplies the answer."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+# Importing the laws registers them.
+from properties import (  # noqa: F401
+    test_closed_forms,
+    test_coefficients,
+    test_oracle,
+    test_plain_memory,
+    test_same_bits,
+    test_sequences,
+    test_splitting,
+)
+from properties.checks import PROPERTIES, Implementation
+from properties.problem import Problem
+
+FILES = sorted((Path(__file__).parent / "fixtures").glob("*.json"))
+# Every fixture is a problem for these; it names the laws that it broke besides.
+ALWAYS = ("test_values_are_the_oracles", "test_gradients_are_the_oracles")
+
+
+@pytest.mark.parametrize("fixture", FILES, ids=lambda path: path.stem)
+def test_fixture(fixture: Path, implementation: Implementation) -> None:
+    fields = json.loads(fixture.read_text())
+    problem = Problem.from_json(json.dumps(fields["problem"]))
+    for name in dict.fromkeys((*ALWAYS, *fields["laws"])):
+        if PROPERTIES[name].needs <= implementation.claims:
+            PROPERTIES[name].law(implementation, problem)

@@ -1,0 +1,78 @@
+"""Values and gradients are the oracle's: laws 1, 7, 8, 9 and 14."""
+
+from dataclasses import replace
+
+from hypothesis import strategies as st
+
+from properties.checks import Implementation, check, law
+from properties.problem import Problem
+from properties.strategies import MILD_VALUES, explicit, gates, problems
+
+ENDS = ("0", "1", "2^-149", "2^-126", "2^-1", "1-2^-24")
+FADING = tuple(f"1-2^-{n}" for n in range(1, 25))
+
+
+@law("5.1", "5.8", problems=problems(), share=3)
+def test_values_are_the_oracles(implementation: Implementation, problem: Problem) -> None:
+    check(implementation, problem, gradients=False)
+
+
+@law("5.14", "5.8", problems=problems(), share=3, needs=["backward"])
+def test_gradients_are_the_oracles(implementation: Implementation, problem: Problem) -> None:
+    check(implementation, problem)
+
+
+@law("5.1", "5.14", problems=problems(wild=False, dtypes=("float32", "float64")), share=2)
+def test_the_chunked_form_is_the_recurrence_for_any_length(implementation: Implementation, problem: Problem) -> None:
+    check(implementation, problem)
+
+
+@law("5.7", problems=problems(C=(2, 3, 4, 7, 8), wild=False, cotangent="M S anchor"))
+def test_the_state_after_a_tail_is_that_of_the_definition(implementation: Implementation, problem: Problem) -> None:
+    # One token more, where the sequence would end with its chunk.
+    lengths = tuple(
+        T + (T > 0 and (start + T) % problem.C == 0) for T, start in zip(problem.lengths, problem.starts, strict=True)
+    )
+    uneven = problem.packed or len(set(lengths)) == 1
+    check(implementation, replace(problem, lengths=lengths) if uneven else problem)
+
+
+@law("5.8", "4.1", problems=problems(unit_levels=ENDS, theta_levels=("0", "2^-1", "2^-149", "2^-126"), wild=False))
+def test_gates_at_the_ends_of_their_ranges_are_harmless(implementation: Implementation, problem: Problem) -> None:
+    check(implementation, problem)
+
+
+@law(
+    "5.8",
+    problems=problems(
+        memories=("normalised",),
+        k=st.sampled_from(("flat 0", "random 0", "zero")),
+        v=st.sampled_from(("flat 0", "random 0")),
+        state=st.sampled_from(("flat 0", "zero")),
+        wild=False,
+        most=4,
+    ),
+)
+def test_rows_without_variance_are_harmless(implementation: Implementation, problem: Problem) -> None:
+    check(implementation, problem)
+
+
+@law("5.9", problems=problems(alpha=gates(FADING), eta=gates(tuple(f"2^-{n}" for n in range(1, 80))), wild=False))
+def test_decays_that_underflow_give_what_is_representable(implementation: Implementation, problem: Problem) -> None:
+    check(implementation, problem)
+
+
+@law("5.1", "5.14", problems=explicit())
+def test_any_small_numbers_give_the_oracles_results(implementation: Implementation, problem: Problem) -> None:
+    check(implementation, problem)
+
+
+@law(
+    "5.1",
+    problems=problems(
+        memories=("plain",), D=(2,), C=(16, 5, 33), most=200, heads=1, sequences=1, k=MILD_VALUES, wild=False
+    ),
+    share=0.3,
+)
+def test_long_sequences_of_a_plain_memory_are_the_recurrence(implementation: Implementation, problem: Problem) -> None:
+    check(implementation, problem)

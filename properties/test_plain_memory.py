@@ -1,0 +1,126 @@
+"""The plain memory is linear, and exact where every number fits: law 10 and section 4.5."""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from oracle import Cotangents, Inputs
+from properties.checks import Implementation, Results, check_inputs, compare, law, radii, run, same, tensors, truth
+from properties.parts import chain, stepping
+from properties.problem import Problem
+from properties.strategies import gates, problems, split
+
+# Nothing underflows at either scale: every product of these gates and values stays far from the smallest normal.
+MILD = ("2^-1", "0", "1", "2^-2", "2^-3", "1-2^-2", "1-2^-3")
+MILD_GATES = gates(MILD).filter(lambda gate: not gate.startswith(("uniform", "sigmoid")))
+MILD_THETA = gates(("2^-1", "2^-2", "0", "2^0")).filter(lambda gate: not gate.startswith(("uniform", "sigmoid")))
+LINEAR = {"memories": ("plain",), "dtypes": ("float32", "float64"), "most": 10, "wild": False, "log_gates": False}
+LINEAR_IN = ("v", "M", "S", "anchor")
+BINARY_GATES = st.sampled_from(("constant 2^-1", "constant 0", "constant 1", "alternate 2^-1 1", "spike 1 2^-1 -1"))
+BINARY_THETA = st.sampled_from(
+    ("constant 2^-1", "constant 0", "constant 2^0", "alternate 2^-1 2^1", "spike 2^0 2^-1 0")
+)
+INTEGERS = st.sampled_from(("integers 1", "integers 2", "signs", "basis"))
+
+
+def scaled(inputs: Inputs, by: float) -> Inputs:
+    """Scale everything that the plain memory is linear in."""
+    return replace(inputs, **{name: x * by for name, x in tensors(inputs).items() if name in LINEAR_IN})
+
+
+@law(
+    "5.10", problems=problems(alpha=MILD_GATES, eta=MILD_GATES, theta=MILD_THETA, **LINEAR), needs=["plain", "backward"]
+)
+def test_scaling_a_plain_memory_by_a_power_of_two_scales_its_results(
+    implementation: Implementation, problem: Problem
+) -> None:
+    by, cotangents = 2.0 ** (problem.seed % 17 - 8), problem.cotangents()
+    results = run(implementation, problem.inputs(), cotangents)
+    # The gradients for what it is linear in do not change; q, k and the gates see the scale once.
+    fixed = {"offset", *(f"d{name}" for name in LINEAR_IN)}
+    wanted = {name: x if name in fixed else x * by for name, x in results.items()}
+    same(wanted, run(implementation, scaled(problem.inputs(), by), cotangents))
+
+
+@law("5.10", problems=problems(v="integers 3", **LINEAR), needs=["plain"])
+def test_a_plain_memory_is_linear(implementation: Implementation, problem: Problem) -> None:
+    one, two = problem.inputs(), replace(problem, seed=problem.seed + 1).inputs()
+    # Integers and zeros: their sum is exact, and so is that of the states at half the precision.
+    two = replace(
+        one, v=two.v, **{name: torch.zeros_like(x) for name, x in tensors(one).items() if name in LINEAR_IN[1:]}
+    )
+    both = replace(one, v=one.v + two.v)
+    sums = {name: x + truth(two)[name] for name, x in truth(one).items()}
+    radius = radii(implementation, both)
+    compare(run(implementation, both), sums, radius)
+    parts = [check_inputs(implementation, x, None) for x in (one, two)]
+    total = {name: parts[0][name].double() + parts[1][name].double() for name in sums}
+    radius = {name: x + radii(implementation, two)[name] for name, x in radii(implementation, one).items()}
+    compare(total, truth(both), radius)
+
+
+def majorant(inputs: Inputs, cotangents: Cotangents) -> Results:
+    """Return the plain memory with every term counted positive: it bounds all that any order of summation meets."""
+    leaves = {name: x.double().abs().requires_grad_() for name, x in tensors(inputs).items()}
+    a = (1 - inputs.alpha.double()).requires_grad_()
+    ends: list[Tensor] = []
+    nothing = torch.zeros(*inputs.q.shape[2:], inputs.q.shape[-1], dtype=torch.float64)
+    for n, (row, begin, end) in enumerate(inputs.sequences):
+        M, S, A = (leaves[x][n] if x in leaves else nothing for x in ("M", "S", "anchor"))
+        A = M if "anchor" not in leaves else A
+        for t in range(begin, end):
+            q, k, v = (leaves[x][row, t][:, None] for x in ("q", "k", "v"))  # (H, 1, D)
+            theta, decay, eta = (x[row, t][:, None, None] for x in (leaves["theta"], a, leaves["eta"]))
+            S = eta * S + 2 * theta * k.mT @ (k @ A + v)
+            M = decay * M + S
+            ends.append((q @ M * cotangents.o[row, t].double().abs()[:, None]).sum())
+            ends.append((q @ M).detach().max())
+            A = M if (inputs.offsets[n] + t - begin + 1) % inputs.chunk_size == 0 else A
+        ends += [(x * 4).sum() for x in (M, S, A)]
+    return {"values": torch.stack(ends).detach(), **differentiated(torch.stack(ends).sum(), leaves, a)}
+
+
+def differentiated(total: Tensor, leaves: Results, a: Tensor) -> Results:
+    """Return the gradients of the majorant."""
+    if not total.requires_grad:
+        return {}
+    gradients = torch.autograd.grad(total, [*leaves.values(), a], allow_unused=True)
+    return {str(i): x for i, x in enumerate(gradients) if x is not None}
+
+
+def fits(inputs: Inputs, cotangents: Cotangents) -> bool:
+    """Whether every number that can occur is a multiple of one power of two and has few enough digits."""
+    # A path through the memory meets at most one gate in each token.
+    gate = torch.stack([inputs.theta.double(), 1 - inputs.alpha.double(), inputs.eta.double()])
+    steps = torch.where(gate > 0, gate, 1).amin(0).log2().clamp(max=0).sum(1).amin()
+    largest = max(float(x.max()) for x in majorant(inputs, cotangents).values() if x.numel())
+    return bool(np.log2(max(largest, 1)) - float(steps) < -np.log2(torch.finfo(inputs.q.dtype).eps / 2))
+
+
+EXACT = split(
+    problems(
+        memories=("plain",), dtypes=("float64", "float32"), D=(1, 2, 3), most=14, packed=False, log_gates=False,
+        theta=BINARY_THETA, alpha=BINARY_GATES, eta=BINARY_GATES, q=INTEGERS, k=INTEGERS, v=INTEGERS,
+        state="integers 2",
+    )
+)  # fmt: skip
+
+
+@law("4.5", "5.2", problems=EXACT, needs=["plain", "exact", "backward"], share=2)
+def test_small_integers_give_exactly_the_oracles_values(implementation: Implementation, problem: Problem) -> None:
+    inputs, flowing = problem.inputs(), problem.cotangents()
+    whole = {name: x.mul(4).round() if x is not None else None for name, x in vars(flowing).items()}
+    cotangents = Cotangents(**whole)
+    if not problem.tokens or not fits(inputs, cotangents):
+        return
+    wanted = truth(inputs, cotangents)
+    nothing = {name: np.zeros(x.shape) for name, x in wanted.items()}
+    compare(run(implementation, inputs, cotangents), wanted, nothing)
+    if {"resume", "offset"} <= implementation.claims:
+        compare(chain(implementation, inputs, cotangents, problem.splits), wanted, nothing)
+    if "step" in implementation.claims and problem.initial in ("none", "full"):
+        steps = range(1, problem.lengths[0])
+        compare(chain(stepping(implementation), inputs, cotangents, steps), wanted, nothing)

@@ -1,0 +1,147 @@
+"""What must not change a single bit, and what must not be touched: laws 6 and 13."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from oracle import Cotangents
+from properties.checks import (
+    Implementation,
+    Results,
+    bits,
+    compare,
+    expect,
+    law,
+    radii,
+    run,
+    same_bits,
+    solved,
+    tensors,
+)
+from properties.parts import TOKENS
+from properties.problem import Problem
+from properties.strategies import problems
+
+Layout = Callable[[Tensor], Tensor]
+
+
+def columns_first(x: Tensor) -> Tensor:
+    """Lay the last two axes out the other way round."""
+    return x.mT.contiguous().mT
+
+
+def tokens_last(x: Tensor) -> Tensor:
+    """Lay the first axis out innermost."""
+    return x.movedim(0, -1).contiguous().movedim(-1, 0)
+
+
+def every_other(x: Tensor) -> Tensor:
+    """Leave a NaN after each element."""
+    room = x.new_full((*x.shape, 2), torch.nan)
+    room[..., 0] = x
+    return room[..., 0]
+
+
+def inside(x: Tensor) -> Tensor:
+    """Put NaNs around the elements, at an address that is aligned to nothing but them."""
+    room = x.new_full((x.numel() + 6,), torch.nan)
+    room[3:-3] = x.reshape(-1)
+    return room[3:-3].view(x.shape)
+
+
+LAYOUTS: tuple[Layout, ...] = (columns_first, tokens_last, every_other, inside)
+
+
+def storage(x: Tensor) -> bytes:
+    """Return all bytes that belong to a tensor, those between and around its elements too."""
+    return bytes(x.untyped_storage().cpu().tolist())
+
+
+@law("5.6", "5.15", problems=problems(), needs=["backward"])
+def test_the_same_input_gives_the_same_bits(implementation: Implementation, problem: Problem) -> None:
+    first = run(implementation, problem.inputs(), problem.cotangents())
+    same_bits(first, run(implementation, problem.inputs(), problem.cotangents()))
+
+
+@law("5.13", problems=problems(most=12), needs=["backward"])
+def test_any_layout_gives_the_same_bits_and_nothing_is_modified(
+    implementation: Implementation, problem: Problem
+) -> None:
+    inputs, cotangents = problem.inputs(), problem.cotangents()
+    plain = run(implementation, inputs, cotangents)
+    flowing = bits(cotangents.o)
+    for layout in LAYOUTS:
+        leaves = {name: layout(x.to(implementation.device)) for name, x in tensors(inputs).items()}
+        before = {name: storage(x) for name, x in leaves.items()}
+        same_bits(plain, run(implementation, inputs, cotangents, leaves))
+        for name, x in leaves.items():
+            expect(f"whether {name} is as it was", storage(x) == before[name], True)
+    expect("whether the cotangent is as it was", bits(cotangents.o) == flowing, True)
+
+
+@law("5.13", "5.14", problems=problems(most=12, wild=False), needs=["backward"])
+def test_a_cotangent_of_any_layout_is_understood(implementation: Implementation, problem: Problem) -> None:
+    inputs, layout = problem.inputs(), LAYOUTS[problem.seed % len(LAYOUTS)]
+    cotangents = {name: None if x is None else layout(x) for name, x in vars(problem.cotangents()).items()}
+    results = run(implementation, inputs, Cotangents(**cotangents))
+    compare(results, solved(problem, True), radii(implementation, inputs, problem.cotangents()))
+
+
+@law("5.13", problems=problems(most=12, wild=False), needs=["backward"])
+def test_expanded_inputs_give_the_same_bits(implementation: Implementation, problem: Problem) -> None:
+    if not problem.tokens:
+        return
+    inputs = problem.inputs()
+    alike = replace(inputs, **{name: getattr(inputs, name)[:, :1].expand_as(getattr(inputs, name)) for name in TOKENS})
+    whole = {name: x.contiguous() for name, x in tensors(alike).items()}
+    expanded = run(implementation, alike, problem.cotangents())
+    same_bits(run(implementation, alike, problem.cotangents(), whole), expanded)
+
+
+@law("5.13", problems=problems(most=12, wild=False), needs=["backward"], share=0.5)
+def test_gates_may_have_a_last_axis(implementation: Implementation, problem: Problem) -> None:
+    inputs, cotangents = problem.inputs(), problem.cotangents()
+    leaves = {name: x[..., None] if name in TOKENS[3:] else x for name, x in tensors(inputs).items()}
+    with_axis = run(implementation, inputs, cotangents, leaves)
+    gates = {f"d{name}": with_axis[f"d{name}"].squeeze(-1) for name in TOKENS[3:]}
+    same_bits(run(implementation, inputs, cotangents), with_axis | gates)
+
+
+@law("5.13", problems=problems(most=12), share=0.5)
+def test_asking_for_the_final_state_changes_no_output(implementation: Implementation, problem: Problem) -> None:
+    without: Results = {}
+
+    def both(*arguments: Any, **options: Any) -> Any:
+        o, nothing = implementation.call(*arguments[:-1], False, **options)
+        expect("the final state", nothing, None)
+        without["o"] = o.cpu()
+        return implementation.call(*arguments, **options)
+
+    o = run(replace(implementation, call=both), problem.inputs())["o"]
+    same_bits({"o": o}, without)
+
+
+@contextmanager
+def fresh_memory(fill: bool) -> Iterator[None]:
+    """Let torch fill what it allocates with NaN, or not."""
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    try:
+        yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = filled
+        torch.use_deterministic_algorithms(False)
+
+
+@law("5.13", problems=problems(wild=False), needs=["backward"])
+def test_results_do_not_depend_on_uninitialised_memory(implementation: Implementation, problem: Problem) -> None:
+    def results(fill: bool) -> Results:
+        with fresh_memory(fill):
+            return run(implementation, problem.inputs(), problem.cotangents())
+
+    same_bits(results(False), results(True))

@@ -1,0 +1,112 @@
+"""Sequences and heads know nothing of each other, tokens nothing of the future: laws 3, 4, 5 and section 4.1."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from oracle import Inputs
+from properties.checks import Implementation, check, compare, expect, law, radii, run, same, solved
+from properties.parts import TOKENS, Part
+from properties.problem import Problem
+from properties.strategies import problems, split
+
+# Nothing here truly overflows, however ill-conditioned it is.
+BOUNDED = problems(
+    dtypes=("float32", "float64", "bfloat16"),
+    wild=False,
+    k="unit 0",
+    theta_levels=("2^-1", "2^-2", "2^0", "0", "2^-149"),
+)
+
+
+def places(problem: Problem) -> Tensor:
+    """Return the place of every token in its sequence, shape (B, T)."""
+    tokens = torch.cat([torch.arange(length) for length in problem.lengths])
+    return tokens.reshape(problem.B, -1)
+
+
+def check_part(implementation: Implementation, problem: Problem, part: Part) -> None:
+    """Check a problem, and a part of it against that part of the whole truth."""
+    whole = check(implementation, problem)
+    inputs, cotangents = part.inputs(), part.cotangents(problem.cotangents())
+    results = run(implementation, inputs, cotangents)
+    compare(results, part.select_all(solved(problem, True)), radii(implementation, inputs, cotangents))
+    if "batch_invariant" in implementation.claims:
+        same(part.select_all({name: x for name, x in whole.items() if name != "offset"}), results)
+
+
+@law("5.3", problems=problems(packed=True, wild=False, most=12, sequences=4), needs=["varlen", "backward"])
+def test_packed_sequences_are_separate(implementation: Implementation, problem: Problem) -> None:
+    check(implementation, problem)
+    for n, length in enumerate(problem.lengths):
+        part = Part(problem.inputs(), [n], range(problem.H))
+        inputs = replace(part.inputs(), cu_seqlens=None)
+        expect("the length", inputs.q.shape[1], length)
+        results = run(implementation, inputs, part.cotangents(problem.cotangents()))
+        radius = radii(implementation, inputs, part.cotangents(problem.cotangents()))
+        compare(results, part.select_all(solved(problem, True)), radius)
+
+
+@law("5.5", problems=problems(wild=False, most=12), needs=["backward"])
+def test_permuting_sequences_and_heads_permutes_the_results(implementation: Implementation, problem: Problem) -> None:
+    check_part(implementation, problem, Part(problem.inputs(), range(problem.sequences)[::-1], range(problem.H)[::-1]))
+
+
+@law("5.5", problems=problems(wild=False, most=12), needs=["backward"])
+def test_a_sequence_alone_gives_what_it_gives_in_a_batch(implementation: Implementation, problem: Problem) -> None:
+    n, h = problem.seed % problem.sequences, problem.seed % problem.H
+    check_part(implementation, problem, Part(problem.inputs(), [n], [h]))
+
+
+@law("5.4", problems=split(problems(wild=False)))
+def test_later_tokens_change_no_earlier_output(implementation: Implementation, problem: Problem) -> None:
+    inputs, others = problem.inputs(), replace(problem, seed=problem.seed + 1).inputs()
+    earlier = places(problem) < problem.splits[0]
+
+    def mixed(x: Tensor, y: Tensor) -> Tensor:
+        return torch.where(earlier.reshape(*earlier.shape, *[1] * (x.ndim - 2)), x, y)
+
+    changed = replace(inputs, **{name: mixed(getattr(inputs, name), getattr(others, name)) for name in TOKENS})
+    before, after = run(implementation, inputs), run(implementation, changed)
+    same({"o": before["o"][earlier]}, {"o": after["o"][earlier]})
+
+
+def poisoned(problem: Problem, n: int, t: int, h: int) -> Inputs:
+    """Return the inputs with one number of one token that is not finite."""
+    inputs, name = problem.inputs(), TOKENS[problem.seed % len(TOKENS)]
+    row, begin, _ = inputs.sequences[n]
+    bad = getattr(inputs, name).clone()
+    bad[row, begin + t, h].view(-1)[0] = (torch.nan, torch.inf)[problem.seed // len(TOKENS) % 2]
+    wrong = object.__new__(Inputs)
+    # The oracle would refuse it.
+    wrong.__dict__.update(inputs.__dict__ | {name: bad})
+    return wrong
+
+
+@law("4.1", problems=split(problems(wild=False)), needs=["backward"])
+def test_what_is_not_finite_stays_in_its_sequence_and_head(implementation: Implementation, problem: Problem) -> None:
+    n, h = problem.seed % problem.sequences, problem.seed % problem.H
+    if not problem.lengths[n]:
+        return
+    t = problem.splits[0] % problem.lengths[n]
+    inputs, cotangents = problem.inputs(), problem.cotangents()
+    clean = run(implementation, inputs, cotangents)
+    dirty = run(implementation, poisoned(problem, n, t, h), cotangents)
+    # The gradients of w and b are sums over the sequences of a head.
+    del clean["offset"]
+    heads, others = [x for x in range(problem.H) if x != h], [x for x in range(problem.sequences) if x != n]
+    for part in (Part(inputs, range(problem.sequences), heads), Part(inputs, others, range(problem.H))):
+        wanted = part.select_all(clean)
+        same(wanted, part.select_all({name: dirty[name] for name in clean}), wanted)
+    row, begin, _ = inputs.sequences[n]
+    chunk = slice(begin, begin + max(0, t - (problem.starts[n] + t) % problem.C))
+    same({"o": clean["o"][row, chunk, h]}, {"o": dirty["o"][row, chunk, h]})
+
+
+@law("4.1", problems=BOUNDED, share=2)
+def test_finite_inputs_give_finite_results(implementation: Implementation, problem: Problem) -> None:
+    # However many chunks there are.
+    short = replace(problem, C=1, offsets=(0,) * len(problem.offsets))
+    for name, x in run(implementation, short.inputs()).items():
+        expect(f"whether {name} is finite", bool(x.isfinite().all()), True)

@@ -1,0 +1,142 @@
+"""Does each law hold for the definition, and does it catch what is wrong with a wrong one?"""
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+
+from properties.checks import PROPERTIES, LawBroken, replay
+from properties.problem import Problem
+from tests.properties import wrong
+from tests.properties.wrong import Definition, implementation
+
+ROOT = Path(__file__).parents[2]
+for path in sorted((ROOT / "properties").glob("test_*.py")):
+    importlib.import_module(f"properties.{path.stem}")
+
+# Each law with a mistake that it has to notice.
+CATCHES: dict[str, type[Definition]] = {
+    "test_values_are_the_oracles": wrong.Half,
+    "test_gradients_are_the_oracles": wrong.DetachedState,
+    "test_the_chunked_form_is_the_recurrence_for_any_length": wrong.LateAnchor,
+    "test_the_state_after_a_tail_is_that_of_the_definition": wrong.TailRunsOn,
+    "test_gates_at_the_ends_of_their_ranges_are_harmless": wrong.LogOfZero,
+    "test_rows_without_variance_are_harmless": wrong.NoEps,
+    "test_decays_that_underflow_give_what_is_representable": wrong.FlushesGates,
+    "test_any_small_numbers_give_the_oracles_results": wrong.UndividedLayerNorm,
+    "test_long_sequences_of_a_plain_memory_are_the_recurrence": wrong.NoMomentumAcrossChunks,
+    "test_every_coefficient_has_a_few_roundings": wrong.GatesInHalf,
+    "test_splitting_a_sequence_changes_nothing": wrong.ForgetsOffset,
+    "test_splitting_into_single_tokens_changes_nothing": wrong.ForgetsOffset,
+    "test_decoding_step_by_step_changes_nothing": wrong.ForgetsOffset,
+    "test_packed_sequences_are_separate": wrong.LeaksIntoTheNext,
+    "test_permuting_sequences_and_heads_permutes_the_results": wrong.OneHeadsGates,
+    "test_a_sequence_alone_gives_what_it_gives_in_a_batch": wrong.OneHeadsGates,
+    "test_later_tokens_change_no_earlier_output": wrong.LooksAhead,
+    "test_what_is_not_finite_stays_in_its_sequence_and_head": wrong.SpreadsNaN,
+    "test_finite_inputs_give_finite_results": wrong.NoEps,
+    "test_the_same_input_gives_the_same_bits": wrong.Unsteady,
+    "test_any_layout_gives_the_same_bits_and_nothing_is_modified": wrong.WritesItsInput,
+    "test_expanded_inputs_give_the_same_bits": wrong.LayoutMatters,
+    "test_a_cotangent_of_any_layout_is_understood": wrong.IgnoresStrides,
+    "test_gates_may_have_a_last_axis": wrong.AxisMatters,
+    "test_asking_for_the_final_state_changes_no_output": wrong.StateChangesOutputs,
+    "test_results_do_not_depend_on_uninitialised_memory": wrong.Uninitialised,
+    "test_scaling_a_plain_memory_by_a_power_of_two_scales_its_results": wrong.NotLinear,
+    "test_a_plain_memory_is_linear": wrong.NotLinear,
+    "test_small_integers_give_exactly_the_oracles_values": wrong.NoMomentumAcrossChunks,
+    "test_without_learning_the_memory_only_decays": wrong.DecaysMomentumTwice,
+    "test_without_momentum_the_initial_momentum_is_forgotten": wrong.KeepsSomeMomentum,
+    "test_chunks_of_one_token_are_the_papers_recurrence": wrong.Half,
+    "test_logs_of_0_and_1_give_what_0_and_1_give": wrong.DerivativeAtLogZero,
+    "test_a_gate_of_exactly_zero_has_no_derivative_by_its_log": wrong.DerivativeAtLogZero,
+}
+
+
+def examine(law: str, definition: Definition, examples: int, shrink: bool = False) -> None:
+    """Put a definition before a law."""
+    phases = (Phase.generate, Phase.shrink) if shrink else (Phase.generate,)
+    quick = settings(
+        max_examples=examples, phases=phases, database=None, derandomize=True, deadline=None,
+        report_multiple_bugs=False, suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    quick(given(problem=PROPERTIES[law].problems)(PROPERTIES[law].law))(implementation(definition))
+
+
+def test_every_law_has_a_mistake_to_catch() -> None:
+    assert set(CATCHES) == set(PROPERTIES)
+
+
+@pytest.mark.parametrize("law", CATCHES)
+def test_the_definition_obeys(law: str) -> None:
+    examine(law, Definition(), examples=4)
+
+
+@pytest.mark.parametrize(("law", "mistake"), CATCHES.items(), ids=lambda x: x if isinstance(x, str) else x.__name__)
+def test_a_wrong_definition_breaks(law: str, mistake: type[Definition]) -> None:
+    with pytest.raises(LawBroken):
+        examine(law, mistake(), examples=100)
+
+
+def test_a_failure_says_what_where_and_how_to_see_it_again() -> None:
+    with pytest.raises(LawBroken) as caught:
+        examine("test_values_are_the_oracles", wrong.Half(), examples=60, shrink=True)
+    message, notes = str(caught.value), "\n".join(caught.value.__notes__)
+    for part in (
+        r"^o\[0, 0, 0, 0\] is wrong",
+        *(rf"\n +{x} +\S+" for x in ("exact", "actual", "error", "bound", "ratio")),
+    ):
+        assert re.search(part, message), message
+    for part in (
+        r"implementation: Half on cpu; python \S+, torch \S+, numpy \S+",
+        r"problem: Problem\(",
+        r"theta = \[",
+    ):
+        assert re.search(part, notes), notes
+    # It shrank to a single token, and the problem that is printed fails on its own.
+    problem = Problem.from_json(re.search(r"--replay '(.*)'", notes).group(1))
+    assert problem.tokens == 1
+    with pytest.raises(LawBroken):
+        replay(PROPERTIES["test_values_are_the_oracles"].law, problem)(implementation(wrong.Half()))
+
+
+def run_suite(*arguments: str, fails: bool = False, **environment: str) -> str:
+    """Run the suite, on the real op unless a plugin says otherwise."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
+    variables = os.environ | {"OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
+    assert done.returncode == fails, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_replay_option_runs_one_problem() -> None:
+    problem = Problem(lengths=(5,), D=2, C=2, memory="normalised", eps=1e-5)
+    test = "properties/test_oracle.py::test_gradients_are_the_oracles[chunk]"
+    output = run_suite(test, "--replay", problem.to_json())
+    assert "1 generated examples checked" in output
+    assert "1 passed" in output
+
+
+def test_a_failure_can_be_saved_and_replayed(tmp_path: Path) -> None:
+    test = "properties/test_oracle.py::test_any_small_numbers_give_the_oracles_results[chunk]"
+    broken = ("-p", "tests.properties.broken", test)
+    output = run_suite(*broken, "--save-failures", "--hypothesis-seed=0", fails=True, FIXTURES=str(tmp_path))
+    assert re.search(r"replay: pytest 'properties/\S+\[chunk\]' --replay '\{.*\}'", output)
+    (saved,) = tmp_path.glob("001-any-small-numbers-give-the-oracles-results.json")
+    assert json.loads(saved.read_text())["laws"] == ["test_any_small_numbers_give_the_oracles_results"]
+    run_suite(*broken, "--replay", str(saved), fails=True, FIXTURES=str(tmp_path))
+    run_suite(test, "--replay", str(saved))
+
+
+def test_the_header_and_the_summary_survive_xdist() -> None:
+    test = "properties/test_oracle.py::test_any_small_numbers_give_the_oracles_results"
+    output = run_suite("-n", "2", test, "--backends", "chunk,recurrent")
+    assert re.search(r"titans: backends chunk,recurrent on cpu .*profile \w+", output)
+    assert re.search(r"any_small_numbers_give_the_oracles_results +0\.\d+ \w+ +0\.\d+ \w+", output)
+    assert re.search(r"\d+ generated examples checked against the oracle, \d+ of them ill-conditioned", output)

@@ -1,0 +1,362 @@
+"""The definition in plain PyTorch, and versions of it with one mistake each: what the suite must catch."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from properties.checks import CLAIMS, Implementation
+
+
+class State(NamedTuple):
+    M: Tensor
+    S: Tensor
+    anchor: Tensor
+    offset: Tensor
+
+
+@dataclass
+class Definition:
+    """Equations (1) to (6), a token at a time, differentiated by autograd; subclasses change one method."""
+
+    factor: float = 2.0
+
+    def gates(self, theta: Tensor, alpha: Tensor, eta: Tensor, log_gates: bool, dtype: torch.dtype) -> list[Tensor]:
+        theta, alpha, eta = (x.to(dtype) for x in (theta, alpha, eta))
+        return [theta.exp(), alpha.exp(), eta.exp()] if log_gates else [theta, 1 - alpha, eta]
+
+    def norm(self, y: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        r = (y.var(-1, correction=0, keepdim=True) + eps).rsqrt()
+        return (y - y.mean(-1, keepdim=True)) * r, r
+
+    def layer_norm_vjp(self, e: Tensor, x: Tensor, r: Tensor) -> Tensor:
+        return r * (e - e.mean(-1, keepdim=True) - x * (e * x).mean(-1, keepdim=True))
+
+    def inner_gradient(self, k: Tensor, v: Tensor, A: Tensor, w: Tensor | None, b: Tensor | None, eps: float) -> Tensor:
+        if w is None or b is None:
+            return k @ A - v
+        x, r = self.norm(k @ A, eps)
+        return self.layer_norm_vjp((x * w + b - (v - k)) * w, x, r)
+
+    def anchor(self, A: Tensor, M: Tensor, before: Tensor, place: int, C: int) -> Tensor:
+        """The anchor after the token at `place` of its chunk, which made M of `before`."""
+        return M if place == C - 1 else A
+
+    def momentum(self, S: Tensor, place: int, C: int) -> Tensor:
+        """The momentum that goes on after this token."""
+        return S
+
+    def step(self, M: Tensor, S: Tensor, theta: Tensor, a: Tensor, eta: Tensor, k: Tensor, u: Tensor) -> Any:
+        S = eta * S - theta * self.factor * k.mT @ u
+        return a * M + S, S
+
+    def tail(self, M: Tensor, S: Tensor, a: Tensor, eta: Tensor, missing: int) -> tuple[Tensor, Tensor]:
+        """The state after a tail that lacks `missing` tokens of a chunk."""
+        return M, S
+
+    def start(self, state: State, n: int, previous: State | None) -> tuple[Tensor, Tensor, Tensor, int]:
+        return state.M[n], state.S[n], state.anchor[n], int(state.offset[n])
+
+    def before(self, tensors: list[Tensor]) -> list[Tensor]:
+        return tensors
+
+    def finish(self, o: Tensor, state: State, tensors: list[Tensor], wanted: bool) -> tuple[Tensor, State]:
+        return o, state
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, w: Tensor | None, b: Tensor | None, theta: Tensor, alpha: Tensor,
+        eta: Tensor, eps: float = 1e-6, chunk_size: int = 16, initial_state: Any = None,
+        output_final_state: bool = False, *, cu_seqlens: Tensor | None = None, log_gates: bool = False,
+    ) -> tuple[Tensor, State | None]:  # fmt: skip
+        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        passed = [q, k, v, theta, alpha, eta]
+        q, k, v, theta, alpha, eta = (x.contiguous() for x in self.before(passed))
+        theta, alpha, eta = (x[..., 0] if x.ndim == 4 else x for x in (theta, alpha, eta))
+        gates = self.gates(theta, alpha, eta, log_gates, dtype)
+        rows = [x.to(dtype)[..., None, :] for x in (q, k, v)]  # (B, T, H, 1, D)
+        w, b = (None if x is None else x.to(dtype)[:, None] for x in (w, b))
+        bounds = None if cu_seqlens is None else cu_seqlens.tolist()
+        N = q.shape[0] if bounds is None else len(bounds) - 1
+        state = self.initial(initial_state, N, q, dtype)
+        outputs, finals = [], []
+        for n in range(N):
+            row, span = (n, slice(None)) if bounds is None else (0, slice(bounds[n], bounds[n + 1]))
+            begin = self.start(state, n, finals[-1] if finals else None)
+            o, final = self.sequence([x[row, span] for x in (*rows, *gates)], w, b, eps, chunk_size, *begin)
+            outputs.append(o)
+            finals.append(final)
+        o = torch.stack(outputs) if bounds is None else torch.cat(outputs)[None]
+        last = State(*(torch.stack(x) for x in zip(*finals, strict=True)))
+        o, last = self.finish(o.to(q.dtype), last, passed, output_final_state)
+        return o, last if output_final_state else None
+
+    def initial(self, given: Any, N: int, q: Tensor, dtype: torch.dtype) -> State:
+        if isinstance(given, State):
+            return State(*(x.contiguous() for x in given))
+        M = torch.zeros(N, *q.shape[2:], q.shape[-1], dtype=dtype) if given is None else given.contiguous()
+        return State(M, torch.zeros_like(M), M, torch.zeros(N, dtype=torch.int64))
+
+    def sequence(
+        self, tokens: list[Tensor], w: Tensor | None, b: Tensor | None, eps: float, C: int,
+        M: Tensor, S: Tensor, A: Tensor, offset: int,
+    ) -> tuple[Tensor, State]:  # fmt: skip
+        T, o, a, eta = len(tokens[0]), [], M.new_ones(1), M.new_ones(1)
+        for t in range(T):
+            q, k, v, theta, a, eta = (x[t] if i < 3 else x[t][:, None, None] for i, x in enumerate(tokens))
+            place, before = (offset + t) % C, M
+            u = self.inner_gradient(k, v, A, w, b, eps)
+            M, S = self.step(M, S, theta, a, eta, k, u)
+            A, S = self.anchor(A, M, before, place, C), self.momentum(S, place, C)
+            y = q @ M
+            o.append((y if w is None or b is None else y + self.norm(y, eps)[0] * w + b)[:, 0])
+        M, S = self.tail(M, S, a, eta, -(offset + T) % C)
+        rows = torch.stack(o) if o else tokens[0][:, :, 0]
+        return rows, State(M, S, A, torch.tensor((offset + T) % C))
+
+
+class Half(Definition):
+    """The factor 2 is missing."""
+
+    def step(self, M: Tensor, S: Tensor, theta: Tensor, a: Tensor, eta: Tensor, k: Tensor, u: Tensor) -> Any:
+        return super().step(M, S, theta / 2, a, eta, k, u)
+
+
+class NoMomentumAcrossChunks(Definition):
+    """The momentum is dropped where a chunk ends."""
+
+    def momentum(self, S: Tensor, place: int, C: int) -> Tensor:
+        return S * (place != C - 1)
+
+
+class LateAnchor(Definition):
+    """The anchor is refreshed one token late."""
+
+    def anchor(self, A: Tensor, M: Tensor, before: Tensor, place: int, C: int) -> Tensor:
+        return M if place == 0 else A
+
+
+class TailRunsOn(Definition):
+    """The state after a tail is that after a whole chunk padded with the last token's gates."""
+
+    def tail(self, M: Tensor, S: Tensor, a: Tensor, eta: Tensor, missing: int) -> tuple[Tensor, Tensor]:
+        for _ in range(missing):
+            S = eta * S
+            M = a * M + S
+        return M, S
+
+
+class UndividedLayerNorm(Definition):
+    """The first term of the LayerNorm gradient is not divided by D."""
+
+    def layer_norm_vjp(self, e: Tensor, x: Tensor, r: Tensor) -> Tensor:
+        D = e.shape[-1]
+        return r * (D * e - e.mean(-1, keepdim=True) - x * (e * x).mean(-1, keepdim=True))
+
+
+class DetachedState(Definition):
+    """Nothing flows back from the final state."""
+
+    def finish(self, o: Tensor, state: State, tensors: list[Tensor], wanted: bool) -> tuple[Tensor, State]:
+        return o, State(*(x.detach() for x in state))
+
+
+class WritesItsInput(Definition):
+    """The values are overwritten."""
+
+    def finish(self, o: Tensor, state: State, tensors: list[Tensor], wanted: bool) -> tuple[Tensor, State]:
+        with torch.no_grad():
+            tensors[2].detach().neg_()
+        return o, state
+
+
+class LooksAhead(Definition):
+    """Keys are scaled by the largest of the whole call and back: no error to speak of, but later tokens show."""
+
+    def before(self, tensors: list[Tensor]) -> list[Tensor]:
+        scale = tensors[1].detach().abs().max() * 3 + 1 if tensors[1].numel() else 1
+        return [tensors[0], tensors[1] / scale * scale, *tensors[2:]]
+
+
+class SpreadsNaN(Definition):
+    """A sum over everything enters times zero."""
+
+    def finish(self, o: Tensor, state: State, tensors: list[Tensor], wanted: bool) -> tuple[Tensor, State]:
+        return o + o.detach().sum() * 0, state
+
+
+@dataclass
+class Unsteady(Definition):
+    """The last bit of the outputs is another one in every other call."""
+
+    calls: int = 0
+
+    def finish(self, o: Tensor, state: State, tensors: list[Tensor], wanted: bool) -> tuple[Tensor, State]:
+        self.calls += 1
+        return o * (1 + 2 * torch.finfo(o.dtype).eps * (self.calls % 2)), state
+
+
+class Uninitialised(Definition):
+    """Memory that nobody wrote is added times zero."""
+
+    def finish(self, o: Tensor, state: State, tensors: list[Tensor], wanted: bool) -> tuple[Tensor, State]:
+        return o + torch.empty(o.shape, dtype=o.dtype).nan_to_num(1e-3), state
+
+
+class GatesInHalf(Definition):
+    """Gates are rounded to bfloat16."""
+
+    def gates(self, theta: Tensor, alpha: Tensor, eta: Tensor, log_gates: bool, dtype: torch.dtype) -> list[Tensor]:
+        return super().gates(*(x.bfloat16() for x in (theta, alpha, eta)), log_gates, dtype)
+
+
+class LogOfZero(Definition):
+    """eta goes through its log: right where eta is not 0, and NaN in the gradient where it is."""
+
+    def gates(self, theta: Tensor, alpha: Tensor, eta: Tensor, log_gates: bool, dtype: torch.dtype) -> list[Tensor]:
+        theta, a, eta = super().gates(theta, alpha, eta, log_gates, dtype)
+        return [theta, a, eta.log().exp()]
+
+
+class FlushesGates(Definition):
+    """Gates below 2^-20 count as zero."""
+
+    def gates(self, theta: Tensor, alpha: Tensor, eta: Tensor, log_gates: bool, dtype: torch.dtype) -> list[Tensor]:
+        gates = super().gates(theta, alpha, eta, log_gates, dtype)
+        return [torch.where(x.detach() < 2.0**-20, x * 0, x) for x in gates]
+
+
+class ForgetsOffset(Definition):
+    """A resumed sequence starts a chunk, and says it did not."""
+
+    def sequence(self, tokens: list[Tensor], *arguments: Any) -> tuple[Tensor, State]:
+        o, state = super().sequence(tokens, *arguments[:-1], 0)
+        return o, state._replace(offset=torch.tensor((arguments[-1] + len(tokens[0])) % arguments[3]))
+
+
+class LeaksIntoTheNext(Definition):
+    """A sequence starts with the momentum of the one before it."""
+
+    def start(self, state: State, n: int, previous: State | None) -> tuple[Tensor, Tensor, Tensor, int]:
+        M, S, A, offset = super().start(state, n, previous)
+        return M, S if previous is None else S + previous.S, A, offset
+
+
+class OneHeadsGates(Definition):
+    """All heads decay like the first."""
+
+    def gates(self, theta: Tensor, alpha: Tensor, eta: Tensor, log_gates: bool, dtype: torch.dtype) -> list[Tensor]:
+        theta, a, eta = super().gates(theta, alpha, eta, log_gates, dtype)
+        return [theta, a[:, :, :1].expand_as(a), eta]
+
+
+class StateChangesOutputs(Definition):
+    """Outputs are a bit off when the final state is wanted."""
+
+    def finish(self, o: Tensor, state: State, tensors: list[Tensor], wanted: bool) -> tuple[Tensor, State]:
+        return o * (1 + wanted * torch.finfo(o.dtype).eps), state
+
+
+class DecaysMomentumTwice(Definition):
+    """The momentum that enters the memory has decayed once too often."""
+
+    def step(self, M: Tensor, S: Tensor, theta: Tensor, a: Tensor, eta: Tensor, k: Tensor, u: Tensor) -> Any:
+        S = eta * S
+        M = a * M + eta * S - theta * 2 * k.mT @ u
+        return M, S - theta * 2 * k.mT @ u
+
+
+class KeepsSomeMomentum(Definition):
+    """eta is at least 2^-8."""
+
+    def gates(self, theta: Tensor, alpha: Tensor, eta: Tensor, log_gates: bool, dtype: torch.dtype) -> list[Tensor]:
+        theta, a, eta = super().gates(theta, alpha, eta, log_gates, dtype)
+        return [theta, a, eta.clamp(min=2.0**-8)]
+
+
+class NotLinear(Definition):
+    """The plain memory's residual saturates, far beyond what it usually is."""
+
+    def inner_gradient(self, k: Tensor, v: Tensor, A: Tensor, w: Tensor | None, b: Tensor | None, eps: float) -> Tensor:
+        return super().inner_gradient(k, v, A, w, b, eps).clamp(-1, 1)
+
+
+class Exponential(torch.autograd.Function):
+    """exp, with a derivative of 1 at -inf."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor) -> Tensor:
+        context.save_for_backward(x)
+        return x.exp()
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> Tensor:
+        (x,) = context.saved_tensors
+        return gradients[0] * torch.where(x.isneginf(), 1, x.exp())
+
+
+class DerivativeAtLogZero(Definition):
+    """A log gate of -inf has the derivative that the linear gate has."""
+
+    def gates(self, theta: Tensor, alpha: Tensor, eta: Tensor, log_gates: bool, dtype: torch.dtype) -> list[Tensor]:
+        if not log_gates:
+            return super().gates(theta, alpha, eta, log_gates, dtype)
+        return [Exponential.apply(x.to(dtype)) for x in (theta, alpha, eta)]
+
+
+class LayoutMatters(Definition):
+    """Sums run in the order in which the keys lie in memory."""
+
+    def before(self, tensors: list[Tensor]) -> list[Tensor]:
+        k = tensors[1]
+        return tensors if k.is_contiguous() else [tensors[0], k * (1 + 2 * torch.finfo(k.dtype).eps), *tensors[2:]]
+
+
+class IgnoresStrides(Definition):
+    """A cotangent is read as if it were contiguous."""
+
+    def finish(self, o: Tensor, state: State, tensors: list[Tensor], wanted: bool) -> tuple[Tensor, State]:
+        if o.requires_grad:
+            o.register_hook(lambda do: do.as_strided(do.shape, torch.empty(do.shape).stride()))
+        return o, state
+
+
+class AxisMatters(Definition):
+    """Gates with a last axis are a bit off."""
+
+    def before(self, tensors: list[Tensor]) -> list[Tensor]:
+        theta = tensors[3]
+        return [
+            *tensors[:3],
+            theta * (1 + 2 * torch.finfo(theta.dtype).eps) if theta.ndim == 4 else theta,
+            *tensors[4:],
+        ]
+
+
+class NoEps(Definition):
+    """eps is left out of the norm."""
+
+    def norm(self, y: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        r = y.var(-1, correction=0, keepdim=True).rsqrt()
+        return (y - y.mean(-1, keepdim=True)) * r, r
+
+
+def stepper(definition: Callable[..., Any]) -> Callable[..., Any]:
+    """A step of one token."""
+
+    def step(q: Tensor, k: Tensor, v: Tensor, w: Any, b: Any, theta: Tensor, alpha: Tensor, eta: Tensor,
+             state: Any, eps: float = 1e-6, chunk_size: int = 16, **options: Any) -> Any:  # fmt: skip
+        now = (x[:, None] for x in (q, k, v))
+        gates = (x[:, None] for x in (theta, alpha, eta))
+        o, final = definition(*now, w, b, *gates, eps, chunk_size, state, True, **options)
+        return o[:, 0], final
+
+    return step
+
+
+def implementation(definition: Definition) -> Implementation:
+    return Implementation(
+        name=type(definition).__name__, call=definition, step=stepper(definition), state=State,
+        claims=CLAIMS - {"batch_invariant"},
+    )  # fmt: skip

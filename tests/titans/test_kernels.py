@@ -1,0 +1,39 @@
+"""The Triton kernels against the oracle, values and gradients, at sizes that fill no tile: on a GPU if there is one,
+else in Triton's interpreter. `make properties` and the GPU runs go much further.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from properties import checks
+from properties.implementations import implementation
+from properties.problem import Problem
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+ZEROS = Problem((11,), H=2, D=20, C=5, theta="alternate 2^-2 0", alpha="spike 2^-4 1 2", eta="alternate 1 0")
+# Of the normalised memory little enough that its bound says something in float16, too: it grows from piece to piece.
+NORMALISED = Problem(memory="normalised", theta="constant 2^-4", k="unit -1", state="random -1", w="random -1", eps=2.0)
+PROBLEMS = {
+    "plain": Problem((20,), H=2, D=16, C=16, initial="M", seed=1),
+    "normalised": replace(NORMALISED, lengths=(7, 7), H=2, D=3, C=5, initial="M", seed=2),
+    "C = 1": replace(NORMALISED, lengths=(3,), D=20, C=1, initial="M", seed=3),
+    "C = 33": Problem((35,), D=3, C=33, initial="M", eta="uniform 0", alpha="random 2^-9 2^-1", seed=4),
+    "no state": replace(NORMALISED, lengths=(5,), D=20, C=16, seed=5),
+    "resumed": replace(NORMALISED, lengths=(9, 9), D=16, C=5, initial="full", offsets=(4, 1), seed=6),
+    "packed": Problem((6, 0, 1, 5), packed=True, H=2, D=3, C=5, initial="full", offsets=(3, 0, 4, 2), seed=7),
+    "packed in larger chunks": Problem((20, 0, 40), packed=True, D=3, C=33, initial="full", offsets=(32, 1, 5), seed=8),
+    "log gates": replace(ZEROS, log_gates=True, seed=9),
+    "zero gates": replace(ZEROS, H=1, D=16, seed=10),
+    "no tokens": Problem((0, 0), D=3, C=5, initial="full", offsets=(2, 0), seed=11),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
+def test_the_kernels_are_within_the_bound_of_the_oracle(problem: Problem, dtype: str) -> None:
+    checks.TALLY.close_example()
+    checks.check(implementation("triton", DEVICE), replace(problem, dtype=dtype))
+    assert not checks.TALLY.unsure, "the bound is too wide to say anything"

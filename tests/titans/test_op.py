@@ -1,0 +1,306 @@
+"""What the public functions add to the stages: states, autocast, autograd, compilation, and the choice of a backend."""
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from titans import TitansState, check_gates, chunk_titans_linear, titans_linear, titans_linear_step
+from titans.call import Call
+from titans.registered import chunked
+
+B, T, H, D, C = 3, 7, 2, 4, 3
+NAMES = ("q", "k", "v", "w", "b", "theta", "alpha", "eta")
+BACKENDS = ("recurrent", "chunk", "log")
+# with a GPU the kernels are not interpreted, and take no CPU tensors
+INTERPRETED = pytest.param("triton", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled"))
+
+Arguments = dict[str, Any]
+
+
+def arguments(T: int = T, B: int = B, **options: Any) -> Arguments:
+    """Everything that is differentiable, and `options`."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = {name: torch.randn(B, T, H, D, generator=generator) for name in "qkv"}
+    parameters = {name: torch.randn(H, D, generator=generator) for name in "wb"}
+    gates = {name: torch.rand(B, T, H, generator=generator) for name in ("theta", "alpha", "eta")}
+    # an eps that is not small tames the first chunk
+    return tokens | parameters | gates | {"eps": 0.25, "chunk_size": C, "output_final_state": True} | options
+
+
+def state(N: int = B, offset: bool = True) -> TitansState:
+    generator = torch.Generator().manual_seed(1)
+    M, S, anchor = torch.randn(3, N, H, D, D, generator=generator)
+    return TitansState(M, S, anchor, torch.arange(N) % C if offset else torch.zeros(N, dtype=torch.int64))
+
+
+def packed(**options: Any) -> Arguments:
+    """A packed call of B sequences, one of them empty."""
+    return arguments(B=1, cu_seqlens=torch.tensor([0, 3, 3, T]), **options)
+
+
+def results(call: Callable[..., Any], given: Arguments) -> list[Tensor]:
+    """o, the final state, and the gradients of everything that is differentiable."""
+    leaves = {name: given[name].detach().clone().requires_grad_() for name in NAMES}
+    start = given.get("initial_state")
+    inner = [x.detach().clone().requires_grad_() for x in start[:3]] if isinstance(start, TitansState) else []
+    if isinstance(start, TitansState):
+        leaves["initial_state"] = TitansState(*inner, start.offset)
+    o, final = call(**given | leaves)
+    ends = [o, *final[:3]]
+    generator = torch.Generator().manual_seed(2)
+    inflow = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in ends]
+    grads = torch.autograd.grad(ends, [leaves[name] for name in NAMES] + inner, inflow)
+    return [x.detach() for x in (*ends, final.offset, *grads)]
+
+
+def same(x: list[Tensor], y: list[Tensor]) -> bool:
+    return len(x) == len(y) and all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(x, y, strict=True))
+
+
+def test_titans_linear_is_the_recurrent_backend() -> None:
+    given = arguments(initial_state=state())
+    assert same(results(titans_linear, given), results(chunk_titans_linear, given | {"backend": "recurrent"}))
+
+
+@pytest.mark.parametrize(("log_gates", "backend"), [(False, "chunk"), (True, "log")])
+def test_the_default_on_a_cpu_follows_the_kind_of_gates(log_gates: bool, backend: str) -> None:
+    given = arguments(log_gates=log_gates)
+    if log_gates:
+        given |= {name: given[name].log() for name in ("theta", "alpha", "eta")}
+    found = results(chunk_titans_linear, given)
+    same_as = {name: same(found, results(chunk_titans_linear, given | {"backend": name})) for name in BACKENDS}
+    assert [name for name, equal in same_as.items() if equal] == [backend]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_last_axis_of_one_on_the_gates_changes_nothing(backend: str) -> None:
+    given = arguments(backend=backend)
+    with_axis = given | {name: given[name][..., None] for name in ("theta", "alpha", "eta")}
+    o, final = chunk_titans_linear(**given)
+    o_too, final_too = chunk_titans_linear(**with_axis)
+    assert same([o, *final], [o_too, *final_too])
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, None])
+@pytest.mark.parametrize("start", [state(), state().M, None], ids=["state", "M", "none"])
+def test_a_step_is_a_call_of_one_token(start: TitansState | Tensor | None, backend: str | None) -> None:
+    given = arguments(T=1, initial_state=start, backend=backend)
+    o, final = chunk_titans_linear(**given | {"backend": backend or "recurrent"})
+    token = {f"{name}_t": given.pop(name)[:, 0] for name in ("q", "k", "v", "theta", "alpha", "eta")}
+    del given["output_final_state"]
+    o_t, final_t = titans_linear_step(**token, **given | {"state": given.pop("initial_state")})
+    assert final is not None
+    assert same([o_t, *final_t], [o[:, 0], *final])
+
+
+def test_a_state_is_returned_on_request() -> None:
+    assert chunk_titans_linear(**arguments(output_final_state=False))[1] is None
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_to_do_is_no_error(backend: str) -> None:
+    for given in (arguments(T=0), arguments(B=0), arguments(B=1, T=0, cu_seqlens=torch.tensor([0]))):
+        o, final = chunk_titans_linear(**given, backend=backend)
+        assert o.shape == given["q"].shape
+        assert final is not None
+        N = len(given["cu_seqlens"]) - 1 if "cu_seqlens" in given else len(o)
+        assert final.M.shape == final.S.shape == final.anchor.shape == (N, H, D, D)
+        assert final.offset.shape == (N,)
+
+
+def test_a_saved_and_loaded_state_resumes_the_sequence() -> None:
+    _, final = chunk_titans_linear(**arguments())
+    assert final is not None
+    file = io.BytesIO()
+    torch.save(final, file)
+    file.seek(0)
+    loaded = torch.load(file)
+    assert isinstance(loaded, TitansState)
+    assert same([*loaded], [*final])
+    resumed, again = (results(chunk_titans_linear, arguments(initial_state=x)) for x in (loaded, final))
+    assert same(resumed, again)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_offset_counts_the_tokens_of_the_running_chunk(backend: str) -> None:
+    """T = 7 tokens, C = 3, from offsets 0, 1 and 2; packed, of 3, 0 and 4 tokens."""
+    for given, ends in (
+        (arguments(), [1, 1, 1]),
+        (arguments(initial_state=state()), [1, 2, 0]),
+        (packed(), [0, 0, 1]),
+        (packed(initial_state=state()), [0, 1, 0]),
+    ):
+        _, final = chunk_titans_linear(**given, backend=backend)
+        assert final is not None
+        assert final.offset.tolist() == ends
+
+
+def test_a_detached_state_ends_the_graph() -> None:
+    given = arguments()
+    given["k"].requires_grad_()
+    _, final = chunk_titans_linear(**given)
+    assert final is not None
+    assert final.M.requires_grad
+    cut = final.detach()
+    assert isinstance(cut, TitansState)
+    assert not any(x.requires_grad for x in cut)
+    assert same([*cut], [x.detach() for x in final])
+
+
+def test_a_state_moves_as_a_whole() -> None:
+    moved = state().to("meta")
+    assert isinstance(moved, TitansState)
+    assert {x.device.type for x in moved} == {"meta"}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_dtypes_of_the_results(dtype: torch.dtype, backend: str) -> None:
+    given = {name: x.to(dtype) if isinstance(x, Tensor) else x for name, x in arguments().items()}
+    found = results(chunk_titans_linear, given | {"backend": backend})
+    inner = torch.float64 if dtype == torch.float64 else torch.float32
+    assert [x.dtype for x in found] == [dtype, inner, inner, inner, torch.int64, *[dtype] * len(NAMES)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_half_precision_gates_are_raised_before_anything_else(backend: str) -> None:
+    """So alpha near 1 keeps the bits that 1 - alpha has in float32."""
+    given = arguments(backend=backend)
+    half = {name: given[name].bfloat16() for name in ("theta", "alpha", "eta")}
+    raised = {name: x.float() for name, x in half.items()}
+    o, final = chunk_titans_linear(**given | half)
+    o_too, final_too = chunk_titans_linear(**given | raised)
+    assert same([o, *final], [o_too, *final_too])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_rounds_the_tokens_alone(backend: str) -> None:
+    """Forward and backward: gates, parameters and states stay as they are, in float32."""
+    given = arguments(initial_state=state(), backend=backend)
+
+    def autocast(**given: Any) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return chunk_titans_linear(**given)
+
+    def by_hand(**given: Any) -> Any:
+        return chunk_titans_linear(**given | {name: given[name].bfloat16() for name in "qkv"})
+
+    found = results(autocast, given)
+    assert same(found, results(by_hand, given))
+    assert [x.dtype for x in found[:4]] == [torch.bfloat16, torch.float32, torch.float32, torch.float32]
+    assert {x.dtype for x in found[5:]} == {torch.float32}
+    rounded = given | {name: given[name].bfloat16() for name in ("theta", "alpha", "eta", "w", "b")}
+    assert not torch.equal(found[0], by_hand(**rounded)[0])
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    given = {name: x.double() if isinstance(x, Tensor) else x for name, x in arguments().items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        o, _ = chunk_titans_linear(**given)
+    assert torch.equal(o, chunk_titans_linear(**given)[0])
+
+
+@pytest.mark.parametrize(("kind", "backend"), [(arguments, "chunk"), (packed, "chunk"), (packed, "log")])
+def test_a_compiled_call_gives_the_eager_bits(kind: Callable[..., Arguments], backend: str) -> None:
+    """In one graph, forward and backward. Inductor does the same, but takes 20 s."""
+    compiled = torch.compile(chunk_titans_linear, fullgraph=True, backend="aot_eager")
+    given = kind(initial_state=state(), backend=backend)
+    assert same(results(compiled, given), results(chunk_titans_linear, given))
+
+
+def test_a_compiled_step_gives_the_eager_bits() -> None:
+    given = arguments(T=1)
+    token = [given[name][:, 0] for name in ("q", "k", "v")]
+    gates = [given[name][:, 0] for name in ("theta", "alpha", "eta")]
+    step = (*token, given["w"], given["b"], *gates, state(), 0.25, C)
+    o, final = torch.compile(titans_linear_step, fullgraph=True, backend="aot_eager")(*step)
+    o_too, final_too = titans_linear_step(*step)
+    assert same([o, *final], [o_too, *final_too])
+
+
+def operands(given: Arguments, offset: Tensor | None) -> Call:
+    """Arguments of the operator behind the chunked backends."""
+    leaves = [given[name].clone().requires_grad_() for name in NAMES]
+    states = [x.clone().requires_grad_() for x in state()[:3]]
+    return Call(*leaves, *states, offset, given.get("cu_seqlens"), 0.25, C, False)
+
+
+@pytest.mark.parametrize("offset", [None, state().offset], ids=["fresh", "resumed"])
+@pytest.mark.parametrize("given", [arguments(), packed()], ids=["batch", "packed"])
+@pytest.mark.parametrize("backend", ["chunk", "log"])
+def test_the_operator_keeps_its_promises_to_pytorch(given: Arguments, offset: Tensor | None, backend: str) -> None:
+    """Schema, autograd and fake tensors, whose shapes must not depend on values."""
+    torch.library.opcheck(chunked, (*operands(given, offset), backend))
+
+
+@pytest.mark.parametrize("offset", [None, state().offset], ids=["fresh", "resumed"])
+@pytest.mark.parametrize("given", [arguments(T=2), packed()], ids=["batch", "packed"])
+@pytest.mark.parametrize("backend", [INTERPRETED])
+def test_the_kernels_fill_the_shapes_that_were_promised(given: Arguments, offset: Tensor | None, backend: str) -> None:
+    torch.library.opcheck(chunked, (*operands(given, offset), backend), test_utils="test_faketensor")
+
+
+def saved(given: Arguments) -> int:
+    """Number of elements that the backward keeps."""
+    sizes: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        sizes[x.data_ptr()] = x.numel()
+        return x
+
+    leaves = {name: given[name].clone().requires_grad_() for name in NAMES}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        o, _ = chunk_titans_linear(**given | leaves)
+    assert o.requires_grad
+    return sum(sizes.values())
+
+
+@pytest.mark.parametrize("backend", ["chunk", "log"])
+@pytest.mark.parametrize("chunks", [4, 32])
+def test_the_backward_keeps_two_states_per_chunk(chunks: int, backend: str) -> None:
+    """Beside the inputs and the initial state: linear in T, and no state per token."""
+    given = arguments(T=chunks * C, backend=backend)
+    inputs = sum(given[name].numel() for name in NAMES)
+    assert saved(given) <= inputs + B * H * D * D * (3 + 2 * chunks)
+
+
+def test_the_definition_can_be_differentiated_twice() -> None:
+    given = arguments(T=2, B=1)
+    q, k = (given.pop(name).double().requires_grad_() for name in "qk")
+    given = {name: x.double() if isinstance(x, Tensor) else x for name, x in given.items()}
+    assert torch.autograd.gradgradcheck(lambda q, k: titans_linear(q, k, **given)[0], (q, k))
+
+
+@pytest.mark.parametrize("backend", ["chunk", "log"])
+def test_the_chunk_form_refuses_to_be_differentiated_twice(backend: str) -> None:
+    given = arguments(backend=backend)
+    q, k = (given[name].requires_grad_() for name in "qk")
+    (dq,) = torch.autograd.grad(chunk_titans_linear(**given)[0].sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="chunked_backward"):
+        torch.autograd.grad(dq.sum(), k)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gates_may_take_every_value_of_their_closed_ranges(dtype: torch.dtype) -> None:
+    ends = torch.tensor([0, torch.finfo(dtype).tiny, 0.5, 1], dtype=dtype)
+    check_gates(torch.tensor([0, 1, 7, torch.finfo(dtype).max], dtype=dtype), ends, ends)
+    logs = torch.tensor([-torch.inf, torch.finfo(dtype).min, -0.5, 0], dtype=dtype)
+    check_gates(torch.tensor([-torch.inf, 0, 3, 80], dtype=dtype), logs, logs, log_gates=True)
+    check_gates(*torch.empty(3, 2, 0, 4))
+
+
+@pytest.mark.parametrize("name", ["theta", "alpha", "eta"])
+@pytest.mark.parametrize("log_gates", [False, True])
+def test_the_first_value_out_of_range_is_found(name: str, log_gates: bool) -> None:
+    bad = [torch.nan, torch.inf, *([] if log_gates else [-(2.0**-149), -torch.inf])]
+    if name != "theta":
+        bad.append(2.0**-149 if log_gates else 1 + 2.0**-23)
+    for value in bad:
+        gates = {gate: torch.zeros(2, 3) for gate in ("theta", "alpha", "eta")}
+        gates[name][1, 2] = value
+        with pytest.raises(ValueError, match=rf"`{name}` .*\(1, 2\)"):
+            check_gates(**gates, log_gates=log_gates)

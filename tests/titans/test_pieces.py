@@ -1,0 +1,121 @@
+"""Pieces: every token is in exactly one, none crosses a chunk, and a chain visits those of a sequence in order."""
+
+from itertools import pairwise, product
+
+import pytest
+import torch
+
+from titans.call import Call
+from titans.pieces import Pieces, cut
+
+CPU = torch.device("cpu")
+CASES = [
+    # lengths, packed, chunk size, offsets
+    ([7, 7, 7], False, 3, None),
+    ([6, 6], False, 3, [0, 0]),
+    ([7, 7, 7], False, 3, [0, 1, 2]),
+    ([2, 2], False, 5, [1, 3]),
+    ([1, 1, 1], False, 1, None),
+    ([0, 0], False, 4, [3, 0]),
+    ([], False, 4, None),
+    ([5, 0, 1, 9, 0], True, 4, None),
+    ([5, 0, 1, 9, 0], True, 4, [3, 2, 3, 1, 0]),
+    ([0, 0], True, 2, [1, 0]),
+    ([], True, 2, None),
+]
+
+
+def cut_lengths(lengths: list[int], packed: bool, C: int, offsets: list[int] | None) -> Pieces:
+    B, T = (1, sum(lengths)) if packed else (len(lengths), lengths[0] if lengths else 3)
+    bounds = torch.tensor([0, *lengths]).cumsum(0) if packed else None
+    return cut(B, T, C, bounds, None if offsets is None else torch.tensor(offsets), CPU)
+
+
+def wanted(lengths: list[int], C: int, offsets: list[int] | None) -> list[list[list[int]]]:
+    """Rows of the tokens of each piece of each sequence, from the definition: a new piece where a chunk begins."""
+    row, chains = 0, []
+    for n, length in enumerate(lengths):
+        pieces: list[list[int]] = []
+        for t in range(length):
+            if t == 0 or ((offsets or [0] * len(lengths))[n] + t) % C == 0:
+                pieces.append([])
+            pieces[-1].append(row + t)
+        chains.append(pieces)
+        row += length
+    return chains
+
+
+def found(pieces: Pieces) -> list[list[int]]:
+    """Rows of the tokens of each piece."""
+    padding = torch.zeros_like(pieces.index, dtype=torch.bool) if pieces.padding is None else pieces.padding
+    return [index[~outside].tolist() for index, outside in zip(pieces.index, padding, strict=True)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_new_piece_begins_where_a_chunk_begins(case: tuple[list[int], bool, int, list[int] | None]) -> None:
+    lengths, _, C, offsets = case
+    pieces, chains = cut_lengths(*case), wanted(lengths, C, offsets)
+    tokens = found(pieces)
+    for step, now in enumerate(pieces.steps):
+        sequences = pieces.order[: now.stop - now.start].tolist()
+        assert tokens[now] == [chains[n][step] for n in sequences]
+    assert sum(map(len, chains)) == len(tokens) == (pieces.steps[-1].stop if pieces.steps else 0)
+    assert sorted(pieces.order.tolist()) == list(range(len(lengths)))
+    assert all(before.stop == after.start for before, after in pairwise(pieces.steps))
+    assert pieces.end.tolist() == [len(piece) - 1 for piece in tokens]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_anchor_is_refreshed_where_the_last_token_completes_a_chunk(
+    case: tuple[list[int], bool, int, list[int] | None],
+) -> None:
+    lengths, _, C, offsets = case
+    ends = [r + length for r, length in zip(offsets or [0] * len(lengths), lengths, strict=True)]
+    completed = [length > 0 and end % C == 0 for length, end in zip(lengths, ends, strict=True)]
+    assert cut_lengths(*case).refreshed.tolist() == completed
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_scatter_undoes_gather(case: tuple[list[int], bool, int, list[int] | None]) -> None:
+    lengths, packed, _, _ = case
+    pieces, T = cut_lengths(*case), sum(lengths)
+    for shape in ((2, 3), (2,)):
+        x = torch.arange(1.0, T * torch.Size(shape).numel() + 1).reshape(1, T, *shape)
+        x = x if packed else x.reshape(len(lengths), lengths[0] if lengths else 3, *shape)
+        gathered = pieces.gather(x)
+        assert int((gathered != 0).sum()) == x.numel()
+        assert torch.equal(pieces.scatter(gathered, x), x)
+
+
+def test_what_stands_in_the_padding_is_not_scattered() -> None:
+    pieces = cut_lengths([5], False, 4, None)
+    x = torch.arange(1.0, 6).reshape(1, 5, 1)
+    gathered = pieces.gather(x)
+    assert pieces.padding is not None
+    gathered.transpose(1, 2)[pieces.padding] = torch.nan
+    assert torch.equal(pieces.scatter(gathered, x), x)
+
+
+def test_full_pieces_need_no_padding() -> None:
+    assert cut_lengths([6, 6], False, 3, None).padding is None
+
+
+def call(lengths: tuple[int, ...], packed: bool, C: int, offset: torch.Tensor | None) -> Call:
+    T, N = sum(lengths) if packed else lengths[0], len(lengths)
+    q, M = torch.empty(1 if packed else N, T, 1, 1), torch.empty(N, 1, 1, 1)
+    bounds = torch.tensor([0, *lengths]).cumsum(0) if packed else None
+    gate = q[..., 0]
+    return Call(q, q, q, None, None, gate, gate, gate, M, M, M, offset, bounds, 1.0, C, False)
+
+
+def test_max_pieces_is_a_bound() -> None:
+    """Of all small packed calls; a batch without offsets has exactly that many."""
+    for C, lengths in product(range(1, 5), product(range(6), repeat=2)):
+        for offsets in (None, *product(range(C), repeat=2)):
+            bound = call(lengths, True, C, None if offsets is None else torch.tensor(offsets)).max_pieces()
+            assert bound >= sum(map(len, wanted(list(lengths), C, offsets and list(offsets))))
+    for C, T in product(range(1, 5), range(9)):
+        assert call((T, T), False, C, None).max_pieces() == sum(map(len, wanted([T, T], C, None)))
+        for r in range(C):
+            bound = call((T, T), False, C, torch.tensor([r, r])).max_pieces()
+            assert bound >= sum(map(len, wanted([T, T], C, [r, r])))
