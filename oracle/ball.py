@@ -176,5 +176,17 @@ def arithmetic_for(dtype: torch.dtype, *, log_space: bool = False, operand: torc
     )
 
 
+def tensor_core_arithmetic(dtype: torch.dtype) -> Arithmetic:
+    """The arithmetic of the Triton kernels on a GPU for inputs of `dtype`, float32, float16 or bfloat16.
+
+    Tensor cores truncate where they accumulate: twice the unit of float32. Operands are rounded as
+    the error model in ``oracle/README.md`` says: float32 is split into two tf32, float16 is raised to tf32, bfloat16 is
+    rounded once when stored between kernels and once more as an operand.
+    """
+    float32 = torch.finfo(torch.float32)
+    operand = {torch.float32: 1.5 * 2.0**-22, torch.float16: 2.0**-10, torch.bfloat16: 2 * 2.0**-8}[dtype]
+    return Arithmetic(float32.eps, float32.tiny, float32.max, operand, float32.tiny)
+
+
 FLOAT32 = arithmetic_for(torch.float32)
 FLOAT64 = arithmetic_for(torch.float64)

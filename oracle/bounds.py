@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from oracle.ball import FLOAT32, FLOAT64, Arithmetic, Array, Ball, arithmetic_for, ball
+from oracle.ball import FLOAT32, FLOAT64, Arithmetic, Array, Ball, arithmetic_for, ball, tensor_core_arithmetic
 from oracle.gate_bounds import CoefficientsRadius, coefficients_radius, gates, given, log_growth
 from oracle.gradient import Cotangents
 from oracle.piece_bounds import OPERANDS, Piece, PieceGradient, Tokens, reverse_piece, run_piece
@@ -30,6 +30,7 @@ __all__ = [
     "coefficients_radius",
     "forward_radius",
     "gradient_radius",
+    "tensor_core_arithmetic",
 ]
 
 

@@ -55,8 +55,8 @@ class Implementation:
     device : str
     log_space : bool
         Whether its coefficients are kept in logs.
-    half_operands : bool
-        Whether half-precision inputs are multiplied as such, rather than raised to float32 first.
+    tensor_cores : bool
+        Whether dots round their operands as the Triton kernels do on a GPU.
     share : float
         Of the profile's number of examples: slow ones get fewer.
     """
@@ -68,13 +68,14 @@ class Implementation:
     claims: frozenset[str]
     device: str = "cpu"
     log_space: bool = False
-    half_operands: bool = False
+    tensor_cores: bool = False
     share: float = 1.0
 
     def arithmetic(self, dtype: torch.dtype) -> bounds.Arithmetic:
         """Describe the arithmetic for inputs of this dtype."""
-        operand = dtype if dtype.itemsize == 2 and self.half_operands else None
-        return bounds.arithmetic_for(dtype, log_space=self.log_space, operand=operand)
+        if self.tensor_cores:
+            return bounds.tensor_core_arithmetic(dtype)
+        return bounds.arithmetic_for(dtype, log_space=self.log_space)
 
     def __repr__(self) -> str:
         """Show the name alone in reports."""

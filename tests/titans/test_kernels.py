@@ -23,7 +23,7 @@ PROBLEMS = {
     "C = 33": Problem((35,), D=3, C=33, initial="M", eta="uniform 0", alpha="random 2^-9 2^-1", seed=4),
     "no state": replace(NORMALISED, lengths=(5,), D=20, C=16, seed=5),
     "resumed": replace(NORMALISED, lengths=(9, 9), D=16, C=5, initial="full", offsets=(4, 1), seed=6),
-    "packed": Problem((6, 0, 1, 5), packed=True, H=2, D=3, C=5, initial="full", offsets=(3, 0, 4, 2), seed=7),
+    "packed": Problem((2, 0, 1, 9), packed=True, H=2, D=3, C=5, initial="full", offsets=(4, 0, 4, 2), seed=7),
     "packed in larger chunks": Problem((20, 0, 40), packed=True, D=3, C=33, initial="full", offsets=(32, 1, 5), seed=8),
     "log gates": replace(ZEROS, log_gates=True, seed=9),
     "zero gates": replace(ZEROS, H=1, D=16, seed=10),
