@@ -34,7 +34,7 @@ def implementation(backend: str, device: str) -> Implementation:
         device=device,
         log_space=backend == "log",
         tensor_cores=(backend, device) == ("triton", "cuda"),
-        share=0.2 if (backend, device) == ("triton", "cpu") else 1,
+        share=0.1 if (backend, device) == ("triton", "cpu") else 1,
     )
 
 

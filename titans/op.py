@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titans import checks, kernels
+from titans import checks
 from titans.call import Call, TitansState, compute_dtype
 from titans.gates import linear_gates
 from titans.recurrent import recurrent
@@ -102,8 +102,7 @@ def _run(call: Call, backend: str | None) -> tuple[Tensor, TitansState]:
         dtype = torch.get_autocast_dtype(device)
         call = call._replace(q=call.q.to(dtype), k=call.k.to(dtype), v=call.v.to(dtype))
     backend = backend or _default_backend(call)
-    against = kernels.reason_against(call) if backend == "triton" else None
-    if against:
+    if backend == "triton" and (against := _reason_against_kernels(call)):
         raise ValueError(f"`backend` 'triton' {against}")
     if backend == "recurrent":
         with torch.autocast(device, enabled=False):
@@ -211,7 +210,15 @@ def _default_backend(call: Call) -> str:
 
 
 def _kernels_take(call: Call) -> bool:
-    return call.q.is_cuda and kernels.reason_against(call) is None
+    return call.q.is_cuda and _reason_against_kernels(call) is None
+
+
+def _reason_against_kernels(call: Call) -> str | None:
+    try:
+        from titans import kernels
+    except ModuleNotFoundError:
+        return "needs the package triton, which is not installed"
+    return kernels.reason_against(call)
 
 
 def _recurrent(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:

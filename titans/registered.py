@@ -1,7 +1,8 @@
 """The chunk form as the registered operators `titans::chunked` and `titans::chunked_backward`.
 
 `torch.compile` and CUDA graphs see one opaque operator per direction. What the backward needs beside the inputs
-is the memory and the momentum that each piece starts from.
+is the memory and the momentum that each piece starts from. The kernels are imported when they are first needed:
+Triton exists on Linux only.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titans import chunk, kernels
+from titans import chunk
 from titans.call import Call
 
 # the fields of `Call`, then the backend
@@ -33,6 +34,8 @@ def chunked(*arguments: Any) -> tuple[Tensor, ...]:
     call, backend = Call(*arguments[:-1]).contiguous(), arguments[-1]
     with torch.autocast(call.q.device.type, enabled=False):
         if backend == "triton":
+            from titans import kernels
+
             return kernels.forward(call)
         return chunk.forward(call, log_space=backend == "log")
 
@@ -41,8 +44,11 @@ def chunked(*arguments: Any) -> tuple[Tensor, ...]:
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     call, backend = Call(*arguments[:-1]), arguments[-1]
     H, D = call.q.shape[-2:]
-    triton = backend == "triton"
-    pieces, dtype = (kernels.max_slots(call), kernels.storage(call)) if triton else (call.max_pieces(), call.M.dtype)
+    pieces, dtype = call.max_pieces(), call.M.dtype
+    if backend == "triton":
+        from titans import kernels
+
+        pieces, dtype = kernels.max_slots(call), kernels.storage(call)
     final = [call.M.new_empty(call.M.shape) for _ in range(3)]
     states = [call.M.new_empty(pieces, H, D, D, dtype=dtype) for _ in range(2)]
     return call.q.new_empty(call.q.shape), *final, *states
@@ -59,6 +65,8 @@ def chunked_backward(*arguments: Any) -> tuple[Tensor, ...]:
     dM, dS, danchor = (torch.zeros_like(call.M) if d is None else d.contiguous() for d in (dM, dS, danchor))
     with torch.autocast(call.q.device.type, enabled=False):
         if backend == "triton":
+            from titans import kernels
+
             grads = kernels.backward(call, M0, S0, do, dM, dS, danchor)
         else:
             grads = chunk.backward(call, backend == "log", M0, S0, do, dM, dS, danchor)

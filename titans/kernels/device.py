@@ -105,9 +105,23 @@ def mean(x, D: tl.constexpr):
 
 
 @triton.jit
+def less_mean(x, mean_x, D: tl.constexpr, BD: tl.constexpr):
+    """x - mean_x in the D columns in use, else 0, (BC, BD).
+
+    For D = 1 nothing is left, exactly: an fma would leave the rounding error of the product that x may be, and
+    r = 1/sqrt(eps) would magnify it.
+    """
+    if D == 1:
+        centred = tl.zeros_like(x)
+    else:
+        centred = tl.where(tl.arange(0, BD)[None, :] < D, x - mean_x, 0.0)
+    return centred
+
+
+@triton.jit
 def norm(y, eps, D: tl.constexpr, BD: tl.constexpr):
     """x = (y - mean y) r and r = 1 / sqrt(var y + eps), (BC, BD) and (BC, 1)."""
-    centred = tl.where(tl.arange(0, BD)[None, :] < D, y - mean(y, D), 0.0)
+    centred = less_mean(y, mean(y, D), D, BD)
     r = tl.rsqrt(mean(centred * centred, D) + eps)
     return centred * r, r
 
@@ -125,7 +139,7 @@ def inner_gradient(y, target, w, b, eps, D: tl.constexpr, BD: tl.constexpr, NORM
     if NORM:
         x, r = norm(y, eps, D, BD)
         _, e = inner_residual(x, target, w, b)
-        u = r * tl.where(tl.arange(0, BD)[None, :] < D, e - mean(e, D) - x * mean(e * x, D), 0.0)
+        u = r * (less_mean(e, mean(e, D), D, BD) - x * mean(e * x, D))
     else:
         u = y - target
     return u

@@ -6,6 +6,7 @@ import triton.language as tl
 from titans.kernels.device import (
     block_span,
     inner_residual,
+    less_mean,
     load_rows,
     load_square,
     load_width,
@@ -120,7 +121,6 @@ def output_vjp_kernel(
     offs_t = tl.arange(0, BC)
     offs_d = tl.arange(0, BD)
     mask_t = offs_t < length
-    mask_d = offs_d[None, :] < D
     k_ = load_rows(k, row, H, length, D, BC, BD, OP)
     w_ = load_width(w, h, D, BD) if NORM else 1.0
 
@@ -135,7 +135,7 @@ def output_vjp_kernel(
         x_, r_ = norm(recall, eps, D, BD)
         _, e = inner_residual(x_, target - k_.to(tl.float32), w_, load_width(b, h, D, BD))
         mean_e, c = mean(e, D), mean(e * x_, D)
-        u = (r_ * tl.where(mask_d, e - mean_e - x_ * c, 0.0)).to(OP)
+        u = (r_ * (less_mean(e, mean_e, D, BD) - x_ * c)).to(OP)
         store_rows(x, x_, row, H, length, D, BC, BD)
         tl.store(stats + pid * 3 * BC + offs_t[:, None], r_)
         tl.store(stats + (pid * 3 + 1) * BC + offs_t[:, None], mean_e)
@@ -162,7 +162,7 @@ def output_vjp_kernel(
         tl.store(db + pid * D + offs_d, tl.sum(dy_, 0), mask=offs_d < D)
         dx = dy_ * w_
         dcentred = r_y * (dx - x_y * mean(dx * x_y, D))
-        dy_ += tl.where(mask_d, dcentred - mean(dcentred, D), 0.0)
+        dy_ += less_mean(dcentred, mean(dcentred, D), D, BD)
     store_rows(dy, dy_, row, H, length, D, BC, BD)
     tl.store(drows + pid * 2 * BC + offs_t, tl.sum(dy_ * q_M0, 1))
     tl.store(drows + (pid * 2 + 1) * BC + offs_t, tl.sum(dy_ * q_S0, 1))

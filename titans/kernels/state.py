@@ -8,6 +8,7 @@ from titans.kernels.device import (
     block_span,
     inner_gradient,
     inner_residual,
+    less_mean,
     load_rows,
     load_square,
     load_width,
@@ -100,7 +101,6 @@ def state_vjp_kernel(
     begin, L, r, base = sequence_span(n_seq, cu_seqlens, offset, T, C, S, slack, NB, PACKED, RESUMED)
     blocks = block_count(L, r, C, NB, BC)
     offs_t = tl.arange(0, BC)
-    mask_d = tl.arange(0, BD)[None, :] < D
     dM_ = load_square(dM_out, pid, D, BD, tl.float32)
     dS_ = load_square(dS_out, pid, D, BD, tl.float32)
     dA = load_square(danchor_out, pid, D, BD, tl.float32)
@@ -141,13 +141,12 @@ def state_vjp_kernel(
             c = tl.load(stats + (at * 3 + 2) * BC + offs_t, mask=mask_t, other=0.0)[:, None]
             _, e = inner_residual(x_, target, w_, b_)
             dg = du_ * r_
-            dr = tl.sum(du_ * (e - mean_e - x_ * c), 1)[:, None]
+            dr = tl.sum(du_ * (less_mean(e, mean_e, D, BD) - x_ * c), 1)[:, None]
             dc = -mean(dg * x_, D)
-            de = tl.where(mask_d, dg - mean(dg, D) + dc * x_, 0.0)
+            de = less_mean(dg, mean(dg, D), D, BD) + dc * x_
             dx = dc * e - dg * c + de * w_ * w_
             # x has mean 0
-            dy_k = r_ * (dx - mean(dx, D) - x_ * mean(dx * x_, D)) - x_ * (r_ * r_ * dr / D)
-            dy_k = tl.where(mask_d, dy_k, 0.0)
+            dy_k = r_ * (less_mean(dx, mean(dx, D), D, BD) - x_ * mean(dx * x_, D)) - x_ * (r_ * r_ * dr / D)
             store_rows(du, de, row, H, length, D, BC, BD)
         else:
             dy_k = du_
@@ -211,7 +210,7 @@ def key_vjp_kernel(
         r_ = tl.load(stats + pid * 3 * BC + offs_t, mask=mask_t, other=0.0)[:, None]
         mean_e = tl.load(stats + (pid * 3 + 1) * BC + offs_t, mask=mask_t, other=0.0)[:, None]
         c = tl.load(stats + (pid * 3 + 2) * BC + offs_t, mask=mask_t, other=0.0)[:, None]
-        u = tl.where(offs_d[None, :] < D, r_ * (e - mean_e - x_ * c), 0.0)
+        u = r_ * (less_mean(e, mean_e, D, BD) - x_ * c)
         dz = de_ * w_
         at_d, in_d = pid * D + offs_d, offs_d < D
         tl.store(dw + at_d, tl.load(dw + at_d, mask=in_d) + tl.sum(de_ * (z + w_ * x_), 0), mask=in_d)
