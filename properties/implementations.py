@@ -7,7 +7,7 @@ import torch
 from properties.checks import CLAIMS, Implementation
 
 BACKENDS = ("recurrent", "chunk", "log", "triton")
-DEFAULT = "recurrent,chunk,log"
+DEFAULT = "recurrent,chunk,log,triton"
 
 
 def implementation(backend: str, device: str) -> Implementation:
