@@ -18,6 +18,8 @@ __all__ = ["backward", "forward", "max_slots", "reason_against", "storage"]
 
 INTERPRETED = triton.knobs.runtime.interpret
 LARGEST = 128
+# inside a block of 64 tokens, offsets are 32 bits wide
+WIDEST = 2**31 // 64
 
 
 def reason_against(call: Call) -> str | None:
@@ -29,6 +31,8 @@ def reason_against(call: Call) -> str | None:
         return f"takes D <= {LARGEST}, got D = {D}"
     if call.chunk_size > LARGEST:
         return f"takes `chunk_size` <= {LARGEST}, got {call.chunk_size}"
+    if call.q.shape[2] * D >= WIDEST:
+        return f"takes H * D < {WIDEST}, got {call.q.shape[2] * D}"
     if INTERPRETED:
         return "cannot interpret bfloat16, got `q` in bfloat16" if q.dtype == torch.bfloat16 else None
     if q.device.type != "cuda":
