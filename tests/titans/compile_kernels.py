@@ -1,0 +1,95 @@
+"""Compile every kernel of a call for sm_90, on a machine without a GPU, and print as JSON what became of it.
+
+    python -m tests.titans.compile_kernels float32 highest 64    # dtype, precision of float32 products, chunk length
+
+The launches are those of a real forward and backward, intercepted: so are their specialisations, tile sizes and warps.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import JITFunction, driver
+
+from titans.call import Call
+from titans.registered import chunked
+
+D = 64
+
+
+class NoGPU:
+    """As much of a driver as compiling needs."""
+
+    def get_current_target(self) -> GPUTarget:
+        """Return what the kernels are compiled for."""
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        """Return a number."""
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        """Return a number."""
+        return 0
+
+
+def compiled(call: Call) -> list[Any]:
+    """Compile what a forward and a backward would launch."""
+    kernels: list[Any] = []
+
+    def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        kernels.append(run(kernel, *args, grid=grid, warmup=True, **kwargs))
+
+    run, JITFunction.run = JITFunction.run, compile_only
+    driver.set_active(NoGPU())  # type: ignore[arg-type]
+    leaves = [x.requires_grad_() for x in call[:11] if x is not None]
+    o = chunked(*call, "triton")[0]
+    torch.autograd.grad(o, leaves, torch.zeros_like(o))
+    return kernels
+
+
+def call_of(dtype: torch.dtype, C: int) -> Call:
+    """Make a call of the normalised memory."""
+    B, T, H = 1, 2 * C, 2
+    q, k, v = (torch.zeros(B, T, H, D, dtype=dtype) for _ in range(3))
+    w, b = (torch.zeros(H, D, dtype=dtype) for _ in range(2))
+    theta, alpha, eta = (torch.zeros(B, T, H, dtype=dtype) for _ in range(3))
+    M, S, anchor = (torch.zeros(B, H, D, D) for _ in range(3))
+    return Call(q, k, v, w, b, theta, alpha, eta, M, S, anchor, None, None, 1e-6, C, False)
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Bytes of local memory of each thread: spills and arrays alike."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(re.search(rf"{name}:(\d+)", printed)[1]) for name in ("STACK", "LOCAL")}
+
+
+def facts(kernel: Any) -> dict[str, Any]:
+    """Return what the error model and the tests ask about."""
+    ttir, ttgir, ptx = (kernel.asm[stage] for stage in ("ttir", "ttgir", "ptx"))
+    mma = re.findall(r"\b(?:wgmma\.mma_async|mma\.sync)\S*", ptx)
+    return {
+        "name": kernel.name,
+        "dots": re.findall(r"tt\.dot .*?, inputPrecision = (\w+) :", ttir),
+        "products": len(re.findall(r"(?:tt\.dot|ttng\.warp_group_dot) ", ttgir)),
+        "mma": mma,
+        "atomics": re.findall(r"\b(?:atom|red)\.\S+", ptx),
+        "flushing": sorted(set(re.findall(r"\b\w\S*\.ftz\S*", ptx))),
+        **resources(kernel.asm["cubin"]),
+    }
+
+
+if __name__ == "__main__":
+    dtype, precision, C = sys.argv[1:]
+    torch.set_float32_matmul_precision(precision)
+    print(json.dumps([facts(kernel) for kernel in compiled(call_of(getattr(torch, dtype), int(C)))]))
