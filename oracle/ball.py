@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,9 @@ class Arithmetic:
         The same for the operands of dots, where these are rounded to a narrower format first; 0 where they are not.
     log_space : bool
         Whether the chunk coefficients are computed as exp of sums of logs.
+    block : int
+        Tokens in a block of whole chunks that is evaluated as one polynomial of the state before it; 0: every chunk is
+        a block of its own.
     """
 
     unit: float
@@ -37,6 +40,11 @@ class Arithmetic:
     operand: float = 0.0
     operand_tiny: float = 0.0
     log_space: bool = False
+    block: int = 0
+
+    def chunks(self, chunk_size: int) -> int:
+        """Number of chunks in a block."""
+        return max(1, self.block // chunk_size)
 
     def rounded(self, x: Ball, count: float | Array, operands: int = 0) -> Ball:
         """Charge a polynomial for its roundings, bound (B1), and start a new one from its value.
@@ -82,6 +90,10 @@ class Ball:
     def map(self, function: Callable[[Array], Array]) -> Ball:
         """Apply a linear function with coefficients >= 0: a selection, a sum, a new shape."""
         return Ball(function(self.mid), function(self.rad), function(self.mag), function(self.cap))
+
+    def within(self, polynomial: Ball) -> Ball:
+        """Let the majorants be no less than those of a polynomial that goes on: bound (B11)."""
+        return replace(self, mag=np.maximum(self.mag, polynomial.mag), cap=np.maximum(self.cap, polynomial.cap))
 
     def __getitem__(self, index: Any) -> Ball:
         return Ball(self.mid[index], self.rad[index], self.mag[index], self.cap[index])
@@ -176,16 +188,21 @@ def arithmetic_for(dtype: torch.dtype, *, log_space: bool = False, operand: torc
     )
 
 
-def tensor_core_arithmetic(dtype: torch.dtype) -> Arithmetic:
-    """The arithmetic of the Triton kernels on a GPU for inputs of `dtype`, float32, float16 or bfloat16.
+def kernel_arithmetic(dtype: torch.dtype, width: int, *, tensor_cores: bool) -> Arithmetic:
+    """The arithmetic of the Triton kernels for inputs of `dtype`, float32, float16 or bfloat16, and of head width D.
+
+    They work on blocks of 64 tokens in bfloat16, else of 32, or 16 where D > 64.
 
     Tensor cores truncate where they accumulate: twice the unit of float32. Operands are rounded as
     the error model in ``oracle/README.md`` says: float32 is split into two tf32, float16 is raised to tf32, bfloat16 is
-    rounded once when stored between kernels and once more as an operand.
+    rounded once when stored between kernels and once more as an operand. Triton's interpreter has no tensor cores.
     """
+    block = 64 if dtype == torch.bfloat16 else (32 if width <= 64 else 16)
+    if not tensor_cores:
+        return replace(arithmetic_for(dtype), block=block)
     float32 = torch.finfo(torch.float32)
     operand = {torch.float32: 1.5 * 2.0**-22, torch.float16: 2.0**-10, torch.bfloat16: 2 * 2.0**-8}[dtype]
-    return Arithmetic(float32.eps, float32.tiny, float32.max, operand, float32.tiny)
+    return Arithmetic(float32.eps, float32.tiny, float32.max, operand, float32.tiny, block=block)
 
 
 FLOAT32 = arithmetic_for(torch.float32)

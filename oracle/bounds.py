@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from oracle.ball import FLOAT32, FLOAT64, Arithmetic, Array, Ball, arithmetic_for, ball, tensor_core_arithmetic
+from oracle.ball import FLOAT32, FLOAT64, Arithmetic, Array, Ball, arithmetic_for, ball, kernel_arithmetic
 from oracle.gate_bounds import CoefficientsRadius, coefficients_radius, gates, given, log_growth
 from oracle.gradient import Cotangents
 from oracle.piece_bounds import OPERANDS, Piece, PieceGradient, Tokens, reverse_piece, run_piece
@@ -30,7 +30,7 @@ __all__ = [
     "coefficients_radius",
     "forward_radius",
     "gradient_radius",
-    "tensor_core_arithmetic",
+    "kernel_arithmetic",
 ]
 
 
@@ -119,7 +119,7 @@ def _run(inputs: Inputs, n: int, arithmetic: Arithmetic) -> _Run:
     anchor = M if inputs.anchor is None else _state(inputs.anchor, inputs, n, arithmetic)
     spans = list(_spans(inputs, n))
     pieces: list[Piece] = []
-    errors = None
+    errors, chunks = None, arithmetic.chunks(inputs.chunk_size)
     for span in spans:
         if pieces:
             anchor = M
@@ -129,6 +129,8 @@ def _run(inputs: Inputs, n: int, arithmetic: Arithmetic) -> _Run:
             M, S = errors.carry(*transition(pieces[-1].tokens), M, S)
         elif inputs.w is None:
             errors = Errors(M, S)
+        if len(pieces) % chunks:
+            M, S = M.within(pieces[-1].M[:, -1]), S.within(pieces[-1].S[:, -1])
     length = inputs.sequences[n][2] - inputs.sequences[n][1]
     refreshed = length > 0 and (inputs.offsets[n] + length) % inputs.chunk_size == 0
     return _Run(row, spans, pieces, M, S, M if refreshed else anchor, refreshed)
@@ -213,11 +215,14 @@ class _Gradients:
             dM, dS, dA = back.M, rounded(back.S, count, OPERANDS), back.anchor + dA
             if i > 0 or inputs.anchor is None:
                 dM, dA = dM + dA, ball(np.zeros_like(dA.mid))
+            whole = dM, back.S
             dM, dA = rounded(dM, count, OPERANDS), rounded(dA, count, OPERANDS)
             if errors is not None and (i > 0 or inputs.anchor is None):
                 # the adjoint of the transition is its transpose
                 signed, absolute = (x.swapaxes(-1, -2) for x in transition(piece.tokens))
                 dM, dS = errors.carry(signed, absolute, dM, dS)
+            if i % self.arithmetic.chunks(inputs.chunk_size):
+                dM, dS = (x.within(polynomial) for x, polynomial in zip((dM, dS), whole, strict=True))
         if not run.pieces and inputs.anchor is None:
             dM, dA = rounded(dM + dA, 1), ball(np.zeros_like(dA.mid))
         for name, x in (("M", dM), ("S", dS), ("anchor", dA)):

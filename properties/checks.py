@@ -57,6 +57,8 @@ class Implementation:
         Whether its coefficients are kept in logs.
     tensor_cores : bool
         Whether dots round their operands as the Triton kernels do on a GPU.
+    blocks : bool
+        Whether it works on the Triton kernels' blocks of several chunks.
     share : float
         Of the profile's number of examples: slow ones get fewer.
     """
@@ -69,12 +71,13 @@ class Implementation:
     device: str = "cpu"
     log_space: bool = False
     tensor_cores: bool = False
+    blocks: bool = False
     share: float = 1.0
 
-    def arithmetic(self, dtype: torch.dtype) -> bounds.Arithmetic:
-        """Describe the arithmetic for inputs of this dtype."""
-        if self.tensor_cores:
-            return bounds.tensor_core_arithmetic(dtype)
+    def arithmetic(self, dtype: torch.dtype, width: int) -> bounds.Arithmetic:
+        """Describe the arithmetic for inputs of this dtype and head width."""
+        if self.blocks:
+            return bounds.kernel_arithmetic(dtype, width, tensor_cores=self.tensor_cores)
         return bounds.arithmetic_for(dtype, log_space=self.log_space)
 
     def __repr__(self) -> str:
@@ -310,7 +313,7 @@ def truth(inputs: Inputs, cotangents: Cotangents | None = None) -> Truth:
 
 def radii(implementation: Implementation, inputs: Inputs, cotangents: Cotangents | None = None) -> Radii:
     """Return how far from the truth the implementation may be; names as in `run`."""
-    arithmetic = implementation.arithmetic(inputs.q.dtype)
+    arithmetic = implementation.arithmetic(inputs.q.dtype, inputs.q.shape[-1])
     if cotangents is None:
         radius, gradients = bounds.forward_radius(inputs, arithmetic), {}
     else:

@@ -33,6 +33,7 @@ def implementation(backend: str, device: str) -> Implementation:
         claims=CLAIMS - lacks[backend],
         device=device,
         log_space=backend == "log",
+        blocks=backend == "triton",
         tensor_cores=(backend, device) == ("triton", "cuda"),
         share=0.1 if (backend, device) == ("triton", "cpu") else 1,
     )

@@ -72,11 +72,21 @@ class Call(NamedTuple):
     chunk_size: int
     log_gates: bool
 
-    def max_pieces(self) -> int:
-        """Number of pieces, or an upper bound that is known without looking at `cu_seqlens` and `offset`."""
-        T, N, C = self.q.shape[1], self.M.shape[0], self.chunk_size
-        # a sequence of L tokens starting at r <= C - 1 has ceil((L + r) / C) <= (L + 2 (C - 1)) / C pieces
-        slack = (1 if self.offset is None else 2) * (C - 1)
+    def slack(self, chunks: int = 1) -> int:
+        """What rounding up to pieces of so many chunks costs a sequence at most, in tokens."""
+        # r <= C - 1 tokens before the first, and what the last piece lacks
+        return chunks * self.chunk_size - 1 + (0 if self.offset is None else self.chunk_size - 1)
+
+    def max_pieces(self, chunks: int = 1) -> int:
+        """Number of pieces, or an upper bound that is known without looking at `cu_seqlens` and `offset`.
+
+        Parameters
+        ----------
+        chunks : int
+            Of how many chunks a piece is a part.
+        """
+        T, N, C = self.q.shape[1], self.M.shape[0], chunks * self.chunk_size
+        slack = self.slack(chunks)
         return N * ((T + slack) // C) if self.cu_seqlens is None else (T + N * slack) // C
 
     def contiguous(self) -> Call:

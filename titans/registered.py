@@ -1,8 +1,8 @@
 """The chunk form as the registered operators `titans::chunked` and `titans::chunked_backward`.
 
 `torch.compile` and CUDA graphs see one opaque operator per direction. What the backward needs beside the inputs
-is the memory and the momentum that each piece starts from. The kernels are imported when they are first needed:
-Triton exists on Linux only.
+is the memory and the momentum that each piece starts from; the kernels keep x and r of eq. (2), too. They are imported
+when they are first needed: Triton exists on Linux only.
 """
 
 from __future__ import annotations
@@ -21,23 +21,24 @@ _ARGUMENTS = (
     "Tensor M, Tensor S, Tensor anchor, Tensor? offset, Tensor? cu_seqlens, "
     "float eps, int chunk_size, bool log_gates, str backend"
 )
-_COTANGENTS = "Tensor M0, Tensor S0, Tensor? do, Tensor? dM, Tensor? dS, Tensor? danchor"
+_KEPT = 4  # from this output on
+_COTANGENTS = "Tensor M0, Tensor S0, Tensor x, Tensor r, Tensor? do, Tensor? dM, Tensor? dS, Tensor? danchor"
 
 
 def _tensors(count: int) -> str:
     return f"({', '.join(['Tensor'] * count)})"
 
 
-@torch.library.custom_op("titans::chunked", mutates_args=(), schema=f"({_ARGUMENTS}) -> {_tensors(6)}")
+@torch.library.custom_op("titans::chunked", mutates_args=(), schema=f"({_ARGUMENTS}) -> {_tensors(8)}")
 def chunked(*arguments: Any) -> tuple[Tensor, ...]:
-    """Compute o, the final M, S and anchor, and the M0 and S0 of every piece (K, H, D, D)."""
+    """Compute o, the final M, S and anchor, the M0 and S0 of every piece (K, H, D, D), and x and r for the kernels."""
     call, backend = Call(*arguments[:-1]).contiguous(), arguments[-1]
     with torch.autocast(call.q.device.type, enabled=False):
         if backend == "triton":
             from titans import kernels
 
             return kernels.forward(call)
-        return chunk.forward(call, log_space=backend == "log")
+        return *chunk.forward(call, log_space=backend == "log"), *(call.M.new_empty(0) for _ in range(2))
 
 
 @chunked.register_fake
@@ -45,13 +46,15 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     call, backend = Call(*arguments[:-1]), arguments[-1]
     H, D = call.q.shape[-2:]
     pieces, dtype = call.max_pieces(), call.M.dtype
+    x, r = call.M.new_empty(0), call.M.new_empty(0)
     if backend == "triton":
         from titans import kernels
 
         pieces, dtype = kernels.max_slots(call), kernels.storage(call)
+        x, r = kernels.kept(call)
     final = [call.M.new_empty(call.M.shape) for _ in range(3)]
     states = [call.M.new_empty(pieces, H, D, D, dtype=dtype) for _ in range(2)]
-    return call.q.new_empty(call.q.shape), *final, *states
+    return call.q.new_empty(call.q.shape), *final, *states, x, r
 
 
 @torch.library.custom_op(
@@ -59,7 +62,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 )
 def chunked_backward(*arguments: Any) -> tuple[Tensor, ...]:
     """Compute the cotangents of q, k, v, w, b, theta, alpha, eta, M, S and anchor; without w and b theirs are empty."""
-    *fields, backend, M0, S0, do, dM, dS, danchor = arguments
+    *fields, backend, M0, S0, x, r, do, dM, dS, danchor = arguments
     call = Call(*fields).contiguous()
     do = torch.zeros_like(call.q) if do is None else do.contiguous()
     dM, dS, danchor = (torch.zeros_like(call.M) if d is None else d.contiguous() for d in (dM, dS, danchor))
@@ -67,7 +70,7 @@ def chunked_backward(*arguments: Any) -> tuple[Tensor, ...]:
         if backend == "triton":
             from titans import kernels
 
-            grads = kernels.backward(call, M0, S0, do, dM, dS, danchor)
+            grads = kernels.backward(call, M0, S0, x, r, do, dM, dS, danchor)
         else:
             grads = chunk.backward(call, backend == "log", M0, S0, do, dM, dS, danchor)
     return tuple(
@@ -86,12 +89,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     # without this, autograd would fill (K, H, D, D) zeros for the cotangents of M0 and S0
     ctx.set_materialize_grads(False)
     fields, ctx.options = inputs[:13], inputs[13:]
-    ctx.save_for_backward(*fields, *output[4:])
+    ctx.save_for_backward(*fields, *output[_KEPT:])
 
 
 def _backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-    *fields, M0, S0 = ctx.saved_tensors
-    grads = chunked_backward(*fields, *ctx.options, M0, S0, *cotangents[:4])
+    fields, kept = ctx.saved_tensors[:13], ctx.saved_tensors[13:]
+    grads = chunked_backward(*fields, *ctx.options, *kept, *cotangents[:_KEPT])
     return *(g if x is not None else None for g, x in zip(grads, fields[:11], strict=True)), *(None,) * 6
 
 

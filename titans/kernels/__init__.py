@@ -14,7 +14,7 @@ from titans.kernels.layout import Layout, layout_of, max_slots, places, sizes, s
 from titans.kernels.output import output_kernel, output_vjp_kernel
 from titans.kernels.state import key_vjp_kernel, state_kernel, state_vjp_kernel
 
-__all__ = ["backward", "forward", "max_slots", "reason_against", "storage"]
+__all__ = ["backward", "forward", "kept", "max_slots", "reason_against", "storage"]
 
 INTERPRETED = triton.knobs.runtime.interpret
 LARGEST = 128
@@ -45,13 +45,19 @@ class _Coefficients(NamedTuple):
 
     rows: Tensor  # (K, H, 2, BC)
     G: Tensor  # (K, H, BC, BC)
+    block_ends: Tensor  # (K, H, 2, BC)
+    block_end: Tensor  # (K, H, 3)
     ends: Tensor  # (K, H, 2, BC)
-    end: Tensor  # (K, H, 3)
+    end: Tensor  # (K, H, PER, 3)
 
 
 def _coefficients(call: Call, layout: Layout) -> _Coefficients:
     K, H, BC = layout.slots, call.q.shape[2], layout.BC
-    c = _Coefficients(*(call.M.new_empty(K, H, *s) for s in ((2, BC), (BC, BC), (2, BC), (3,))))
+    per_block = tuple(call.M.new_empty(K, H, *s) for s in ((2, BC), (BC, BC), (2, BC), (3,)))
+    per_chunk = per_block[2:]
+    if layout.PER > 1:
+        per_chunk = tuple(call.M.new_empty(K, H, *s) for s in ((2, BC), (layout.PER, 3)))
+    c = _Coefficients(*per_block, *per_chunk)
     coefficients_kernel[(K * H,)](
         call.theta, call.alpha, call.eta, *places(call, layout), *c, **sizes(call, layout), LOG=call.log_gates,
         num_warps=1,
@@ -59,67 +65,76 @@ def _coefficients(call: Call, layout: Layout) -> _Coefficients:
     return c
 
 
+def kept(call: Call) -> tuple[Tensor, Tensor]:
+    """Room for what the backward needs of the inner gradients beside v and k: x of eq. (2), and r."""
+    return torch.empty_like(call.q, dtype=storage(call)), call.M.new_empty(0 if call.w is None else call.q.shape[:3])
+
+
 def forward(call: Call) -> tuple[Tensor, ...]:
-    """The op: o, the final M, S and anchor, and for the backward the M0 and S0 of every block."""
+    """The op: o, the final M, S and anchor, and for the backward the M0 and S0 of every block, x and r."""
     layout = layout_of(call)
     (N, H, D, _), K = call.M.shape, layout.slots
-    o, u = torch.empty_like(call.q), torch.empty_like(call.q, dtype=storage(call))
+    o, (x, r) = torch.empty_like(call.q), kept(call)
     # slots that no block uses, which only these calls have, are defined all the same
-    new = u.new_empty if call.cu_seqlens is None and call.offset is None else u.new_zeros
+    new = x.new_empty if call.cu_seqlens is None and call.offset is None else x.new_zeros
     M0, S0 = new(K, H, D, D), new(K, H, D, D)
     M, S, anchor = (torch.empty_like(call.M) for _ in range(3))
     if K * H == 0:
-        return o, call.M.clone(), call.S.clone(), call.anchor.clone(), M0, S0
+        return o, call.M.clone(), call.S.clone(), call.anchor.clone(), M0, S0, x, r
     at, c = places(call, layout), _coefficients(call, layout)
+    tile, flat = tiles(call, layout), tiles(call, layout, square=False)
     state_kernel[(N * H,)](
         call.k, call.v, call.w, call.b, c.ends, c.end, call.M, call.S, call.anchor, *at[:2],
-        M0, S0, u, M, S, anchor, **tiles(call, layout), eps=call.eps, STAGES=stages(layout),
+        M0, S0, x, r, M, S, anchor, **tile, BS=layout.BS, STAGES=stages(layout)[0], eps=call.eps,
     )  # fmt: skip
     output_kernel[(K * H,)](
-        call.q, call.k, u, call.w, call.b, c.rows, c.G, M0, S0, *at, o,
-        **tiles(call, layout), eps=call.eps,
+        call.q, call.k, call.v, call.w, call.b, c.rows, c.G, M0, S0, x, r, *at, o, **flat, eps=call.eps,
     )  # fmt: skip
-    return o, M, S, anchor, M0, S0
+    return o, M, S, anchor, M0, S0, x, r
 
 
 def backward(
-    call: Call, M0: Tensor, S0: Tensor, do: Tensor, dM: Tensor, dS: Tensor, danchor: Tensor
+    call: Call, M0: Tensor, S0: Tensor, x: Tensor, r: Tensor, do: Tensor, dM: Tensor, dS: Tensor, danchor: Tensor
 ) -> tuple[Tensor | None, ...]:
     """Cotangents of q, k, v, w, b, theta, alpha, eta and of the initial M, S and anchor."""
     layout = layout_of(call)
     (N, H, D, _), K = call.M.shape, layout.slots
     if K * H == 0:
-        zeros = [None if x is None else torch.zeros_like(x) for x in call[:8]]
+        zeros = [None if given is None else torch.zeros_like(given) for given in call[:8]]
         return *zeros, dM.clone(), dS.clone(), danchor.clone()
-    at, tile = places(call, layout), tiles(call, layout)
-    c = _coefficients(call, layout)
-    x, dy, du, dk_part = (torch.empty_like(call.k, dtype=storage(call)) for _ in range(4))
-    stats, drows = c.ends.new_empty(K, H, 3, layout.BC), torch.empty_like(c.rows)
-    dq = torch.empty_like(call.q)
+    at, c = places(call, layout), _coefficients(call, layout)
+    tile, flat = tiles(call, layout), tiles(call, layout, square=False)
+    du, dk_part = (torch.empty_like(x) for _ in range(2))
+    means = dM.new_empty(*call.q.shape[:3], 2)
+    dq, drows = torch.empty_like(call.q), torch.empty_like(c.rows)
+    # only chunks that share a block need G once more
+    dG = c.G if layout.PER == 1 else torch.empty_like(c.G)
+    dM0, dS0 = torch.empty_like(M0), torch.empty_like(S0)
     # slots that no block uses stay zero
-    dw, db = c.end.new_zeros(K, H, D), c.end.new_zeros(K, H, D)
+    dw, db = dM.new_zeros(K, H, D), dM.new_zeros(K, H, D)
     output_vjp_kernel[(K * H,)](
-        call.q, call.k, call.v, call.w, call.b, c.rows, call.anchor, M0, S0, *at, do,
-        c.G, x, stats, dy, dq, du, dk_part, drows, dw, db, **tile, eps=call.eps,
+        call.q, call.k, call.v, call.w, call.b, c.rows, c.G, M0, S0, x, r, *at, do,
+        dG, means, dq, du, dk_part, dM0, dS0, drows, dw, db, **flat, eps=call.eps,
     )  # fmt: skip
-    dM_block, dS_block = torch.empty_like(M0), torch.empty_like(S0)
-    dM_in, dS_in, danchor_in = (torch.empty_like(call.M) for _ in range(3))
+    dy_k, (dM_in, dS_in, danchor_in) = torch.empty_like(x), (torch.empty_like(call.M) for _ in range(3))
     state_vjp_kernel[(N * H,)](
-        call.q, call.k, call.v, call.w, call.b, c.ends, c.end, c.rows, x, stats, *at[:2], dM, dS, danchor,
-        dy, du, dM_block, dS_block, dM_in, dS_in, danchor_in, **tile, STAGES=stages(layout),
+        call.k, call.v, call.w, call.b, c.ends, c.end, x, r, means, *at[:2], dM, dS, danchor,
+        du, dM0, dS0, dy_k, dM_in, dS_in, danchor_in, **tile, BS=layout.BS, STAGES=stages(layout)[1],
     )  # fmt: skip
     dk, dv = (part if part.dtype == call.k.dtype else torch.empty_like(call.k) for part in (dk_part, du))
-    dends, dend = torch.empty_like(c.ends), torch.empty_like(c.end)
+    dends, dend = torch.empty_like(c.block_ends), torch.empty_like(c.block_end)
+    # not read where no chunks share a block
+    drows_k, dG_k = (drows, dG) if layout.PER == 1 else (torch.empty_like(drows), torch.empty_like(dG))
     key_vjp_kernel[(K * H,)](
-        call.k, call.v, call.w, call.b, c.ends, call.anchor, *at, M0, S0, x, stats,
-        dM_block, dS_block, dy, du, dk_part, dk, dv, dw, db, dends, dend, **tile,
+        call.k, call.v, call.w, call.b, c.rows, c.G, c.block_ends, call.anchor, *at, M0, S0, x, r, means,
+        dM, dS, danchor, dM0, dS0, dy_k, du, dk_part, dk, dv, dw, db, drows_k, dG_k, dends, dend, **tile,
     )  # fmt: skip
     # make room for what the next kernel needs
-    del x, dy, dM_block, dS_block
+    del dy_k, dM0, dS0
     dtheta, dalpha, deta = (torch.empty_like(gate) for gate in (call.theta, call.alpha, call.eta))
     coefficients_vjp_kernel[(K * H,)](
-        call.theta, call.alpha, call.eta, *at, drows, c.G, dends, dend, torch.empty_like(c.G), dtheta, dalpha, deta,
-        **sizes(call, layout), LOG=call.log_gates, num_warps=1,
+        call.theta, call.alpha, call.eta, *at, drows, dG, drows_k, dG_k, dends, dend, torch.empty_like(dG),
+        dtheta, dalpha, deta, **sizes(call, layout), LOG=call.log_gates, num_warps=1,
     )  # fmt: skip
     dwb = (None, None) if call.w is None else (dw.sum(0), db.sum(0))
     return dq, dk, dv, *dwb, dtheta, dalpha, deta, dM_in, dS_in, danchor_in

@@ -1,8 +1,9 @@
 """Helpers that the kernels share.
 
-The kernels cut sequences into *blocks*: at most BC tokens of one chunk. A chunk of C tokens has NB blocks, and
-block i of a sequence covers the positions [i // NB * C + i % NB * BC, ...) counted from the start of the chunk
-the sequence resumed in. Buffers with one entry per block are indexed by its *slot*.
+The parallel kernels cut sequences into *blocks*: at most BC tokens, NB blocks to a chunk of more than BC tokens, or PER
+whole chunks to a block. Block i of a sequence covers the positions [i // NB * C PER + i % NB * BC, ...), counted from
+the start of the chunk the sequence resumed in. The chain goes in *steps* of at most BS tokens, which are blocks, or the
+chunks of one. Buffers with one entry per block are indexed by its *slot*.
 """
 
 import triton
@@ -24,17 +25,17 @@ def sequence_span(n, cu_seqlens, offset, T, C, S, slack, NB: tl.constexpr, PACKE
     """First token, length, tokens already consumed of the running chunk, and first slot of sequence n."""
     if PACKED:
         begin = tl.load(cu_seqlens + n).to(tl.int64)
-        L = tl.load(cu_seqlens + n + 1).to(tl.int64) - begin
+        L = (tl.load(cu_seqlens + n + 1) - begin).to(tl.int32)
         # room for the most blocks that the sequences before n can have
         base = (begin + n * slack) // C * NB
     else:
         begin = n.to(tl.int64) * T
-        L = T.to(tl.int64)
+        L = T.to(tl.int32)
         base = n.to(tl.int64) * S
     if RESUMED:
-        r = tl.load(offset + n).to(tl.int64)
+        r = tl.load(offset + n).to(tl.int32)
     else:
-        r = begin * 0
+        r = L * 0
     return begin, L, r, base
 
 
@@ -60,7 +61,7 @@ def load_rows(x, row, H, length, D: tl.constexpr, BC: tl.constexpr, BD: tl.const
     """(BC, BD) tile of `length` tokens of one head, zero outside; `row` = token * H + h."""
     offs_t = tl.arange(0, BC)[:, None]
     offs_d = tl.arange(0, BD)[None, :]
-    mask = (offs_t < length) & (offs_d < D)
+    mask = (offs_t < length) & ((D == BD) | (offs_d < D))
     return tl.load(x + row * D + (offs_t * (H * D) + offs_d), mask=mask, other=0).to(OP)
 
 
@@ -69,7 +70,7 @@ def store_rows(x, value, row, H, length, D: tl.constexpr, BC: tl.constexpr, BD: 
     """Store what `load_rows` would load."""
     offs_t = tl.arange(0, BC)[:, None]
     offs_d = tl.arange(0, BD)[None, :]
-    mask = (offs_t < length) & (offs_d < D)
+    mask = (offs_t < length) & ((D == BD) | (offs_d < D))
     tl.store(x + row * D + (offs_t * (H * D) + offs_d), value.to(x.dtype.element_ty), mask=mask)
 
 
@@ -113,6 +114,8 @@ def less_mean(x, mean_x, D: tl.constexpr, BD: tl.constexpr):
     """
     if D == 1:
         centred = tl.zeros_like(x)
+    elif D == BD:
+        centred = x - mean_x
     else:
         centred = tl.where(tl.arange(0, BD)[None, :] < D, x - mean_x, 0.0)
     return centred
@@ -120,7 +123,7 @@ def less_mean(x, mean_x, D: tl.constexpr, BD: tl.constexpr):
 
 @triton.jit
 def norm(y, eps, D: tl.constexpr, BD: tl.constexpr):
-    """x = (y - mean y) r and r = 1 / sqrt(var y + eps), (BC, BD) and (BC, 1)."""
+    """x = (y - mean y) r and r = 1 / sqrt(var y + eps)."""
     centred = less_mean(y, mean(y, D), D, BD)
     r = tl.rsqrt(mean(centred * centred, D) + eps)
     return centred * r, r
@@ -134,15 +137,12 @@ def inner_residual(x, target, w, b):
 
 
 @triton.jit
-def inner_gradient(y, target, w, b, eps, D: tl.constexpr, BD: tl.constexpr, NORM: tl.constexpr):
-    """Eq. (2): u, (BC, BD)."""
-    if NORM:
-        x, r = norm(y, eps, D, BD)
-        _, e = inner_residual(x, target, w, b)
-        u = r * (less_mean(e, mean(e, D), D, BD) - x * mean(e * x, D))
-    else:
-        u = y - target
-    return u
+def inner_gradient(x, r, target, w, b, D: tl.constexpr, BD: tl.constexpr):
+    """Eq. (2) from x, r = norm(k A): u, mean e and c = mean e x."""
+    _, e = inner_residual(x, target, w, b)
+    mean_e = mean(e, D)
+    c = mean(e * x, D)
+    return r * (less_mean(e, mean_e, D, BD) - x * c), mean_e, c
 
 
 @triton.jit
@@ -163,9 +163,8 @@ def linear_gates(theta, alpha, eta, LOG: tl.constexpr):
 @triton.jit
 def load_gates(theta, alpha, eta, row, H, length, BC: tl.constexpr, LOG: tl.constexpr):
     """The gates of a block, (BC,) each."""
-    offs_t = tl.arange(0, BC)
-    at = row + offs_t * H
-    mask_t = offs_t < length
+    at = row + tl.arange(0, BC) * H
+    mask_t = tl.arange(0, BC) < length
     theta_ = tl.load(theta + at, mask=mask_t, other=0.0)
     alpha_ = tl.load(alpha + at, mask=mask_t, other=0.0)
     eta_ = tl.load(eta + at, mask=mask_t, other=0.0)
@@ -176,3 +175,25 @@ def load_gates(theta, alpha, eta, row, H, length, BC: tl.constexpr, LOG: tl.cons
 def element(x, t, BC: tl.constexpr):
     """x[t], for a (BC,) tile."""
     return tl.sum(tl.where(tl.arange(0, BC) == t, x, 0.0), 0)
+
+
+@triton.jit
+def load_column(x, at, stride, length, BC: tl.constexpr):
+    """x[at], x[at + stride], ... in float32, (BC, 1); zero from `length` on."""
+    offs_t = tl.arange(0, BC)[:, None]
+    return tl.load(x + at + offs_t * stride, mask=offs_t < length, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_column(x, value, at, stride, length, BC: tl.constexpr):
+    """Store what `load_column` would load."""
+    offs_t = tl.arange(0, BC)[:, None]
+    tl.store(x + at + offs_t * stride, value, mask=offs_t < length)
+
+
+@triton.jit
+def chunk_start(t, r, C, i):
+    """First row, in block i, of the chunk that the block's row t is in."""
+    # the first block of a resumed sequence begins r tokens into a chunk
+    skipped = tl.where(i == 0, r, 0)
+    return tl.maximum((skipped + t) // C * C - skipped, 0)

@@ -27,8 +27,10 @@ class Layout:
         What rounding up costs a packed sequence at most, in tokens.
     sequence : Tensor, shape (K,), or None
         The sequence of each slot, -1 for none, for packed sequences.
-    BC, NB : int
-        Tokens per block, blocks per chunk.
+    BC, BS : int
+        Rows of the tile of a block, and of a step of the chain.
+    NB, PER : int
+        Blocks per chunk, chunks per block; one of them is 1.
     BD : int
         D, rounded up to what a dot takes.
     """
@@ -38,37 +40,43 @@ class Layout:
     slack: int
     sequence: Tensor | None
     BC: int
+    BS: int
     NB: int
+    PER: int
     BD: int
 
 
-def block_tokens(q: Tensor, chunk_size: int) -> int:
-    """Tokens per block: a power of two that the tiles of a program fit the multiprocessor with."""
-    D = q.shape[-1]
-    most = 64 if q.dtype == torch.bfloat16 else (32 if D <= 64 else 16)
-    return min(most, max(16, int(triton.next_power_of_2(chunk_size))))
+def block_rows(q: Tensor) -> int:
+    """Rows of a block: what fits the multiprocessor."""
+    return 64 if q.dtype == torch.bfloat16 else (32 if q.shape[-1] <= 64 else 16)
+
+
+def per_chunk(q: Tensor, chunk_size: int) -> tuple[int, int]:
+    """Blocks per chunk and chunks per block."""
+    BC = block_rows(q)
+    return -(-chunk_size // BC), max(1, BC // chunk_size)
 
 
 def max_slots(call: Call) -> int:
     """Number of slots, known without looking at `cu_seqlens` and `offset`."""
-    return call.max_pieces() * -(-call.chunk_size // block_tokens(call.q, call.chunk_size))
+    NB, PER = per_chunk(call.q, call.chunk_size)
+    return NB * call.max_pieces(PER)
 
 
 def layout_of(call: Call) -> Layout:
     """Lay out the blocks of a call; for packed sequences a few small device operations, no synchronisation."""
     C, N, D = call.chunk_size, call.M.shape[0], call.q.shape[-1]
-    BC = block_tokens(call.q, C)
-    NB = -(-C // BC)
-    slots = max_slots(call)
-    slack = (1 if call.offset is None else 2) * (C - 1)
+    BC, (NB, PER) = block_rows(call.q), per_chunk(call.q, C)
+    slots, slack = max_slots(call), call.slack(PER)
     sequence = None
     if call.cu_seqlens is not None:
         cu = call.cu_seqlens.to(call.q.device, non_blocking=True).long()
-        base = (cu + torch.arange(N + 1, device=cu.device) * slack) // C * NB
+        base = (cu + torch.arange(N + 1, device=cu.device) * slack) // (C * PER) * NB
         slot = torch.arange(slots, device=cu.device)
         n = torch.searchsorted(base, slot, right=True) - 1
         sequence = torch.where(n < N, n, -1).int()
-    return Layout(slots, slots // max(N, 1), slack, sequence, BC, NB, max(16, triton.next_power_of_2(D)))
+    BS = min(BC, max(16, int(triton.next_power_of_2(C))))
+    return Layout(slots, slots // max(N, 1), slack, sequence, BC, BS, NB, PER, max(16, triton.next_power_of_2(D)))
 
 
 def storage(call: Call) -> torch.dtype:
@@ -87,19 +95,21 @@ def sizes(call: Call, layout: Layout) -> dict[str, Any]:
     T, H = call.q.shape[1:3]
     return {
         "T": T, "H": H, "C": call.chunk_size, "S": layout.stride, "slack": layout.slack,
-        "NB": layout.NB, "BC": layout.BC,
+        "PER": layout.PER, "SPLIT": layout.PER > 1, "NB": layout.NB, "BC": layout.BC,
         "PACKED": call.cu_seqlens is not None, "RESUMED": call.offset is not None,
         "num_stages": 1, "enable_fp_fusion": True,
     }  # fmt: skip
 
 
-def stages(layout: Layout) -> int:
-    """How many blocks are in flight along the chain: small ones leave room for more."""
-    return 3 if layout.BC == 16 and layout.BD <= 64 else 2
+def stages(layout: Layout) -> tuple[int, int]:
+    """How many steps are in flight along the chain, forward and backward; what was fastest on an H200."""
+    if layout.BD > 64:
+        return (2 if layout.BS == 64 else 1), 1
+    return 3, (3 if layout.BS == 16 else 2)
 
 
-def tiles(call: Call, layout: Layout) -> dict[str, Any]:
-    """Arguments of the kernels that work on (BC, BD) tiles.
+def tiles(call: Call, layout: Layout, square: bool = True) -> dict[str, Any]:
+    """Arguments of the kernels that work on (BC, BD) tiles, or on `square` (BD, BD) ones, which take more warps.
 
     How dots round their operands: bfloat16 stays what it is. float16 is raised to tf32, which holds it exactly and does
     not overflow where a state or an inner gradient leaves its range. float32 follows
@@ -111,5 +121,5 @@ def tiles(call: Call, layout: Layout) -> dict[str, Any]:
         **sizes(call, layout),
         "D": call.q.shape[-1], "BD": layout.BD, "NORM": call.w is not None,
         "OP": tl.bfloat16 if narrow else tl.float32, "PREC": "tf32x3" if full else "tf32",
-        "num_warps": 4 if narrow and layout.BD <= 64 else 8,
+        "num_warps": 4 if narrow and (layout.BD <= 64 or not square) else 8,
     }  # fmt: skip
