@@ -15,7 +15,7 @@ peers := $(VENV)/.peers
 # One thread per worker: the workers share the cores.
 export OMP_NUM_THREADS = 1
 
-.PHONY: properties test lint format bench clean
+.PHONY: properties test lint format bench sanitize clean
 
 properties: $(ready)
 	$(python) -m pytest -n auto $(PYTEST_FLAGS) properties/
@@ -34,6 +34,12 @@ format: $(ready)
 
 bench: $(peers)
 	$(python) -m benchmarks.cpu
+
+# Needs a GPU, the CUDA toolkit, and torch in $(PYTHON).
+sanitize:
+	for tool in memcheck racecheck initcheck; do \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) -m tests.sanitize || exit; \
+	done
 
 # `pip install --group` came with pip 25.1.
 $(ready): pyproject.toml

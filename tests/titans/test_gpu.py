@@ -1,0 +1,375 @@
+"""What only a GPU can show: real sizes, large launches, graphs, streams; skipped elsewhere. `pytest -n 8 tests/ -m gpu`
+
+What is exact is the chunk form in float64 on the same rounded inputs. At these sizes the derived bounds promise nothing
+of the normalised memory, so the rule is that of section 4.3 of SPEC.md: at most twice the error of the same form in the
+arithmetic of the error model, whose products get their operands rounded as the tensor cores' are.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from titans import TitansState, chunk, chunk_titans_linear, titans_linear_step
+from titans.call import Call
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+DEVICE = "cuda"
+TENSORS = ("q", "k", "v", "w", "b", "theta", "alpha", "eta", "M", "S", "anchor")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Size of a call; `bounds`, of packed sequences, stands for B and T."""
+
+    dtype: torch.dtype
+    D: int
+    C: int
+    B: int = 2
+    T: int = 1000
+    H: int = 4
+    bounds: tuple[int, ...] = ()
+    resumed: bool = False
+    plain: bool = False
+    log_gates: bool = False
+
+    def __str__(self) -> str:
+        flags = [name for name in ("resumed", "plain", "log_gates") if getattr(self, name)]
+        size = [f"D{self.D}", f"C{self.C}", f"B{self.B}", f"T{self.T}", f"H{self.H}"]
+        return "-".join([str(self.dtype)[6:], *size, *(["packed"] if self.bounds else []), *flags])
+
+    @property
+    def N(self) -> int:
+        """Number of sequences."""
+        return len(self.bounds) - 1 if self.bounds else self.B
+
+    def call(self, seed: int = 0) -> Call:
+        """Draw a call, on the GPU; the gates keep the recurrence stable."""
+        generator = torch.Generator(DEVICE).manual_seed(seed)
+        B, T = (1, self.bounds[-1]) if self.bounds else (self.B, self.T)
+        token, square = (B, T, self.H, self.D), (self.N, self.H, self.D, self.D)
+
+        def normal(*shape: int, dtype: torch.dtype = self.dtype) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=dtype, device=DEVICE)
+
+        q, k, v = normalize(normal(*token), dim=-1), normalize(normal(*token), dim=-1), normal(*token)
+        w, b = (None, None) if self.plain else (1 + 0.1 * normal(self.H, self.D), 0.1 * normal(self.H, self.D))
+        theta, alpha, eta = (by * normal(B, T, self.H).sigmoid() for by in (0.02, 0.1, 1))
+        if self.log_gates:
+            theta, alpha, eta = theta.log(), (1 - alpha).log(), eta.log()
+        M = normal(*square, dtype=torch.float32)
+        S, anchor, offset = torch.zeros_like(M), M, None
+        if self.resumed:
+            S, anchor = 0.1 * normal(*square, dtype=torch.float32), normal(*square, dtype=torch.float32)
+            offset = torch.arange(self.N, device=DEVICE) % self.C
+            anchor = torch.where((offset == 0)[:, None, None, None], M, anchor)
+        cu_seqlens = torch.tensor(self.bounds, dtype=torch.int32, device=DEVICE) if self.bounds else None
+        states = (M, S, anchor, offset)
+        return Call(q, k, v, w, b, theta, alpha, eta, *states, cu_seqlens, 1e-6, self.C, self.log_gates)
+
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+RAGGED = (0, 1, 1, 700, 829, 2000)
+CASES = [
+    Case(BF16, D=64, C=64, B=4, T=4096, H=16),
+    Case(BF16, D=64, C=16, B=32, T=500, H=16),
+    Case(BF16, D=128, C=64, B=2, T=2048, H=16),
+    Case(BF16, D=128, C=16, bounds=RAGGED, resumed=True),
+    Case(BF16, D=100, C=128, resumed=True),
+    Case(BF16, D=60, C=33, bounds=RAGGED),
+    Case(BF16, D=32, C=33, B=1, T=8192, plain=True),
+    Case(BF16, D=16, C=1, B=8, T=300, H=8),
+    Case(FP16, D=64, C=64, bounds=RAGGED, resumed=True),
+    Case(FP16, D=128, C=128, T=2048),
+    Case(FP16, D=32, C=1, T=200, log_gates=True),
+    Case(FP32, D=64, C=16, B=1, T=8192),
+    Case(FP32, D=64, C=64, bounds=RAGGED, resumed=True, plain=True),
+    Case(FP32, D=128, C=128, T=1024, H=16),
+    Case(FP32, D=100, C=33, log_gates=True),
+    Case(FP32, D=16, C=1, T=300, resumed=True),
+]
+USUAL = Case(BF16, D=64, C=16, B=3, T=200)
+HARD = Case(BF16, D=64, C=16, bounds=(0, 1, 1, 90, 200), resumed=True)
+
+
+def mapped(call: Call, function: Callable[[Tensor], Tensor]) -> Call:
+    """Change every tensor that has a gradient."""
+    given = {name: x for name in TENSORS if (x := getattr(call, name)) is not None}
+    return call._replace(**{name: function(x) for name, x in given.items()})
+
+
+def leaves(call: Call) -> list[Tensor]:
+    """Everything that has a gradient."""
+    return [x for x in call[:11] if x is not None]
+
+
+def cotangents(call: Call) -> list[Tensor]:
+    """What flows into o, M, S and the anchor."""
+    generator = torch.Generator(DEVICE).manual_seed(1)
+    return [torch.randn(x.shape, generator=generator, device=DEVICE).to(x.dtype) for x in (call.q, *[call.M] * 3)]
+
+
+def run(call: Call, function: Callable[..., Any] = chunk_titans_linear) -> list[Tensor]:
+    """Forward and backward of the op: o, M, S, anchor and the gradients of `leaves`."""
+    return compute(mapped(call, lambda x: x.detach().requires_grad_()), cotangents(call), function)
+
+
+def compute(call: Call, inflow: Sequence[Tensor], function: Callable[..., Any] = chunk_titans_linear) -> list[Tensor]:
+    """Forward and backward of a call whose tensors are leaves."""
+    offset = torch.zeros(len(call.M), dtype=torch.int64, device=DEVICE) if call.offset is None else call.offset
+    start = TitansState(call.M, call.S, call.anchor, offset)
+    o, final = function(
+        *call[:8], call.eps, call.chunk_size, start, True, cu_seqlens=call.cu_seqlens, log_gates=call.log_gates,
+        backend="triton",
+    )  # fmt: skip
+    ends = [o, *final[:3]]
+    return [x.detach() for x in ends] + list(torch.autograd.grad(ends, leaves(call), inflow))
+
+
+def names(call: Call) -> list[str]:
+    """Name what `run` returns."""
+    return ["o", "M", "S", "anchor", *(f"d{name}" for name, x in zip(TENSORS, call, strict=False) if x is not None)]
+
+
+def reference(call: Call, dtype: torch.dtype, inflow: Sequence[Tensor]) -> list[Tensor]:
+    """Compute what `run` computes by the chunk form in another dtype."""
+    call = mapped(call, lambda x: x.to(dtype))
+    o, M, S, anchor, M0, S0 = chunk.forward(call, log_space=False)
+    grads = chunk.backward(call, False, M0, S0, *(x.to(dtype) for x in inflow))
+    return [o, M, S, anchor, *(dx for dx in grads if dx is not None)]
+
+
+def cut(x: Tensor) -> Tensor:
+    """Cut float32 to the 10 bits of tf32."""
+    return (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+
+ROUND = {BF16: lambda x: x.bfloat16().float(), FP16: cut, FP32: lambda x: cut(x) + cut(x - cut(x))}
+PRODUCTS = (torch.ops.aten.bmm.default, torch.ops.aten.mm.default)
+
+
+class RoundedOperands(TorchDispatchMode):
+    """Round the operands of products as the kernels do for inputs of a dtype: section 4 of the error model."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.round = ROUND[dtype]
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Intercept one operation."""
+        if function in PRODUCTS:
+            args = tuple(self.round(x.contiguous()) for x in args)
+        return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Let torch fill what it allocates with NaN."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def same(x: Sequence[Tensor], y: Sequence[Tensor]) -> bool:
+    """Whether two runs gave equal numbers."""
+    return len(x) == len(y) and all(torch.equal(a, b) for a, b in zip(x, y, strict=True))
+
+
+def assert_not_worse(name: str, value: Tensor, model: Tensor, exact: Tensor) -> None:
+    """Section 4.3 of SPEC.md for the worst row and for all rows together; a gate is a row of its own."""
+    width = 1 if exact.ndim == 3 else exact.shape[-1]
+    errors = (value.double() - exact, model.double() - exact, exact * (torch.finfo(value.dtype).eps / 2))
+    wrong, allowed, rounding = (x.reshape(-1, width).norm(dim=1) for x in errors)
+    for how, size in (("worst row", torch.amax), ("norm", torch.linalg.vector_norm)):
+        error, bound = size(wrong).item(), 2 * size(allowed).item() + size(rounding).item()
+        assert error <= bound, f"{name}, {how}: error {error:.3g}, bound {bound:.3g}, exact {exact.norm():.3g}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_at_real_sizes_errors_are_those_of_the_model_whatever_memory_held(case: Case) -> None:
+    call = case.call()
+    with poisoned_memory():
+        values = run(call)
+    exact = reference(call, torch.float64, cotangents(call))
+    with RoundedOperands(case.dtype):
+        model = reference(call, torch.float32, cotangents(call))
+    for name, *results in zip(names(call), values, model, exact, strict=True):
+        assert_not_worse(name, *results)
+
+
+def alone(call: Call, n: int) -> Call:
+    """Return one sequence of a batch."""
+    per_sequence = ("q", "k", "v", "theta", "alpha", "eta", "M", "S", "anchor")
+    return call._replace(**{name: getattr(call, name)[n : n + 1].clone() for name in per_sequence})
+
+
+def assert_alone_is_the_same(call: Call, sequences: Sequence[int], backward: bool = True) -> None:
+    """Law 5: a sequence alone gives the same bits as in the batch."""
+    inflow = cotangents(call)
+
+    def results(call: Call, inflow: Sequence[Tensor]) -> list[Tensor]:
+        if not backward:
+            o, final = chunk_titans_linear(*call[:8], call.eps, call.chunk_size, call.M, True, backend="triton")
+            return [o, *final[:3]]
+        call = mapped(call, lambda x: x.detach().requires_grad_())
+        *outputs, dq, dk, dv, _, _, dtheta, dalpha, deta, dM, dS, danchor = compute(call, inflow)
+        return [*outputs, dq, dk, dv, dtheta, dalpha, deta, dM, dS, danchor]
+
+    whole = results(call, inflow)
+    for n in sequences:
+        assert same([x[n : n + 1] for x in whole], results(alone(call, n), [x[n : n + 1] for x in inflow]))
+
+
+@pytest.mark.parametrize(
+    "case", [Case(BF16, D=64, C=16, B=32, T=500, H=16), Case(FP32, D=64, C=64, B=7, T=300)], ids=str
+)
+def test_a_sequence_alone_gives_the_same_bits(case: Case) -> None:
+    assert_alone_is_the_same(case.call(), (0, case.B - 1))
+
+
+def test_more_sequences_and_heads_than_a_grid_has_rows() -> None:
+    case = Case(BF16, D=16, C=16, B=4100, T=20, H=16)
+    assert case.B * case.H > 65535
+    assert_alone_is_the_same(case.call(), (0, case.B - 1))
+
+
+@pytest.mark.parametrize(("backward", "needs"), [(False, 60), (True, 125)], ids=["forward", "backward"])
+def test_tensors_of_more_than_2_31_elements(backward: bool, needs: int, request: pytest.FixtureRequest) -> None:
+    """Alone on the GPU: `pytest tests/ -m gpu -k 2_31`."""
+    if getattr(request.config, "workerinput", {}).get("workercount", 1) > 1:
+        pytest.skip("needs the GPU for itself: run it without -n")
+    if torch.cuda.mem_get_info()[0] < needs * 2**30:
+        pytest.skip(f"needs {needs} GiB of free memory")
+    case = Case(BF16, D=128, C=64, B=65, T=4096, H=64)
+    assert case.B * case.T * case.H * case.D > 2**31
+    assert_alone_is_the_same(case.call(), (case.B - 1,), backward)
+    torch.cuda.empty_cache()
+
+
+@pytest.mark.parametrize("case", [USUAL, HARD], ids=str)
+# it recommends tf32 for float32 products, of which there are none
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_call_gives_the_eager_bits(case: Case) -> None:
+    compiled = torch.compile(chunk_titans_linear, fullgraph=True)
+    assert same(run(case.call(), compiled), run(case.call()))
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("case", [USUAL, HARD], ids=str)
+def test_a_replayed_graph_gives_the_eager_bits_for_new_inputs(case: Case, backward: bool) -> None:
+    call = case.call()
+    fixed = mapped(call, Tensor.requires_grad_)
+    inflow = cotangents(call)
+
+    def results() -> list[Tensor]:
+        with nullcontext() if backward else torch.no_grad():
+            if backward:
+                return compute(fixed, inflow)
+            start = None if fixed.offset is None else TitansState(*fixed[8:12])
+            o, final = chunk_titans_linear(
+                *fixed[:8], fixed.eps, case.C, start, True, cu_seqlens=fixed.cu_seqlens, backend="triton"
+            )
+            return [o, *final[:3]]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        results()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = results()
+    for seed in (1, 2):
+        with torch.no_grad():
+            for x, new in zip(leaves(fixed), leaves(case.call(seed)), strict=True):
+                x.copy_(new)
+        graph.replay()
+        replayed = [x.clone() for x in captured]
+        assert same(replayed, results())
+
+
+@contextmanager
+def no_synchronisation() -> Iterator[None]:
+    """Raise where the host waits for the GPU."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("case", [USUAL, HARD, Case(FP32, D=64, C=64)], ids=str)
+def test_the_host_never_waits(case: Case) -> None:
+    call = case.call()
+    call = mapped(call, Tensor.requires_grad_)
+    inflow = cotangents(call)
+    compute(call, inflow)
+    with no_synchronisation():
+        compute(call, inflow)
+
+
+def test_the_host_does_not_wait_for_a_step() -> None:
+    call = Case(BF16, D=64, C=16, T=1, resumed=True).call()
+    token = [x[:, 0] for x in (call.q, call.k, call.v)]
+    gates = [x[:, 0] for x in (call.theta, call.alpha, call.eta)]
+
+    def step() -> None:
+        titans_linear_step(*token, call.w, call.b, *gates, TitansState(*call[8:12]), chunk_size=16)
+
+    step()
+    with no_synchronisation():
+        step()
+
+
+@pytest.mark.parametrize("case", [USUAL, HARD], ids=str)
+def test_the_current_stream_is_used(case: Case) -> None:
+    """Whatever ran on another one would have read what was there before the other stream woke up."""
+    expected, call, inflow = run(case.call()), case.call(seed=1), cotangents(case.call())
+    call = mapped(call, Tensor.requires_grad_)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10**8)
+        with torch.no_grad():
+            for x, new in zip(leaves(call), leaves(case.call()), strict=True):
+                x.copy_(new)
+        found = compute(call, inflow)
+    stream.synchronize()
+    assert same(found, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_device_of_the_tensors_is_used() -> None:
+    call = USUAL.call()
+    o, _ = chunk_titans_linear(*call[:8], backend="triton")
+    elsewhere, _ = chunk_titans_linear(*(x.to("cuda:1") for x in call[:8]), backend="triton")
+    assert torch.equal(o, elsewhere.to(DEVICE))
+
+
+def test_autocast_rounds_the_tokens_alone() -> None:
+    call = Case(FP32, D=64, C=16, B=3, T=200).call()
+
+    def autocast(*args: Any, **options: Any) -> Any:
+        with torch.autocast(DEVICE, BF16):
+            return chunk_titans_linear(*args, **options)
+
+    def by_hand(q: Tensor, k: Tensor, v: Tensor, *args: Any, **options: Any) -> Any:
+        return chunk_titans_linear(q.to(BF16), k.to(BF16), v.to(BF16), *args, **options)
+
+    inflow = [cotangents(call)[0].to(BF16), *cotangents(call)[1:]]
+    call = mapped(call, Tensor.requires_grad_)
+    found = compute(call, inflow, autocast)
+    assert found[0].dtype == BF16
+    assert same(found, compute(call, inflow, by_hand))
