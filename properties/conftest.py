@@ -14,17 +14,20 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from properties import checks
-from properties.implementations import BACKENDS, DEFAULT, devices, implementation
+from properties import checks, implementations
+from properties.implementations import BACKENDS, DEFAULT, devices
 from properties.problem import Problem
 
 FIXTURES = Path(__file__).parent / "fixtures"
 KEY = "titans"
 REPLAYED = "test_fixture"
+SEEN = pytest.StashKey[list[dict[str, Any]]]()
+SUBJECTS = pytest.StashKey[dict[str, checks.Implementation]]()
 
 # The first example of a process imports, compiles and warms up: no deadline, and slowness is no sign of ill health.
 COMMON: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("dev", max_examples=50, **COMMON)
+settings.register_profile("smoke", max_examples=4, database=None, **COMMON)
 settings.register_profile("ci", max_examples=50, derandomize=True, database=None, print_blob=False, **COMMON)
 settings.register_profile("deep", max_examples=2000, **COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
@@ -34,6 +37,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the options of the suite."""
     group = parser.getgroup("properties")
     group.addoption("--backends", default=DEFAULT, help=f"which of {','.join(BACKENDS)} to verify ({DEFAULT})")
+    group.addoption("--impl", metavar="MODULE:CALLABLE", help="verify this instead of the backends")
+    group.addoption("--impl-lacks", metavar="CLAIMS", help="what it does not claim, instead of what it says itself")
     group.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where the implementations run (cpu)")
     group.addoption("--replay", metavar="PROBLEM", help="run the selected laws on this problem alone: JSON or a file")
     group.addoption("--save-failures", action="store_true", help="write each failure's problem into fixtures/")
@@ -51,20 +56,41 @@ def pytest_configure(config: pytest.Config) -> None:
     else:
         # Without it cuBLAS refuses to be deterministic.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    named = {"--backends": DEFAULT, "--device": "cpu"}
+    named = {"--backends": DEFAULT, "--impl": None, "--impl-lacks": None, "--device": "cpu"}
     values = {name: config.getoption(name) for name in named}
     checks.OPTIONS[:] = [f"{name} {values[name]}" for name in named if values[name] != named[name]]
     config.stash[SEEN] = []
+    try:
+        config.stash[SUBJECTS] = subjects(config)
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from error
+
+
+def subjects(config: pytest.Config) -> dict[str, checks.Implementation]:
+    """Return by name what the options ask to verify."""
+    target, lacks, device = (config.getoption(name) for name in ("--impl", "--impl-lacks", "--device"))
+    if target is None:
+        if lacks is not None:
+            raise ValueError("--impl-lacks needs --impl")
+        names = config.getoption("--backends").split(",")
+        return {name: implementations.implementation(name, device) for name in names}
+    if config.getoption("--backends") != DEFAULT:
+        raise ValueError("--impl and --backends exclude each other")
+    lacking = None if lacks is None else [claim for claim in lacks.split(",") if claim]
+    return {target: implementations.foreign(target, device, lacking)}
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
     """Say what a run's verdict is about."""
-    backend = mpmath.libmp.BACKEND
+    backend, subjects = mpmath.libmp.BACKEND, config.stash[SUBJECTS]
+    about = "" if config.getoption("--impl") else "backends "
+    claims = [f"titans: not claimed: {', '.join(sorted(checks.CLAIMS - x.claims))}" for x in subjects.values()]
     return [
         f"titans: python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}, "
         f"mpmath {mpmath.__version__} ({backend}), hypothesis {hypothesis.__version__}",
-        f"titans: backends {config.getoption('--backends')} on {config.getoption('--device')} ({devices()}), "
+        f"titans: {about}{','.join(subjects)} on {config.getoption('--device')} ({devices()}), "
         f"profile {settings.get_current_profile_name()} ({settings.default.max_examples} examples per law)",
+        *(claims if config.getoption("--impl") else []),
     ]
 
 
@@ -72,11 +98,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Make one test of each law and implementation; say so where a law needs what is not claimed."""
     if "implementation" not in metafunc.fixturenames:
         return
-    device, names = metafunc.config.getoption("--device"), metafunc.config.getoption("--backends").split(",")
     mark = metafunc.definition.get_closest_marker("law")
     parameters = []
-    for name in names:
-        subject = implementation(name, device)
+    for name, subject in metafunc.config.stash[SUBJECTS].items():
         lacking = (mark.kwargs["needs"] if mark else frozenset()) - subject.claims
         skip = [pytest.mark.skip(reason=f"not claimed: {', '.join(sorted(lacking))}")] if lacking else []
         parameters.append(pytest.param(subject, id=name, marks=skip))
@@ -137,9 +161,6 @@ def save(law: str, problem: Problem, test: str) -> Path:
         except FileExistsError:
             continue
         return path
-
-
-SEEN = pytest.StashKey[list[dict[str, Any]]]()
 
 
 class Collector:

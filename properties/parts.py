@@ -78,7 +78,8 @@ def piece(inputs: Inputs, span: slice) -> Inputs:
 
 def resumed(inputs: Inputs, state: Results) -> Inputs:
     """Return the call with the state that another one left."""
-    return replace(inputs, **{name: state[name] for name in STATE}, offset=tuple(state["offset"].tolist()))
+    offset = tuple(state["offset"].tolist()) if "offset" in state else None
+    return replace(inputs, **{name: state.get(name) for name in STATE}, offset=offset)
 
 
 def chain(implementation: Implementation, inputs: Inputs, cotangents: Cotangents, splits: Sequence[int]) -> Results:
@@ -89,13 +90,15 @@ def chain(implementation: Implementation, inputs: Inputs, cotangents: Cotangents
     for span in spans(inputs.q.shape[1], splits):
         part, now = piece(inputs, span), leaves | {name: leaves[name][:, span] for name in TOKENS}
         if state is not None:
-            part, now = resumed(part, state), now | {name: state[name] for name in STATE}
+            part, now = resumed(part, state), now | {name: state[name] for name in {*STATE} & {*state}}
         outputs = call(implementation, part, now)
         check_form(part, outputs)
         o.append(outputs["o"])
-        state = {name: outputs[name] for name in (*STATE, "offset")}
+        state = {name: outputs[name] for name in implementation.left}
     whole = {"o": torch.cat(o, 1), **(state or {})}
-    results = {name: x.detach() for name, x in whole.items()} | backward(whole, leaves, cotangents)
+    results = {name: x.detach() for name, x in whole.items()}
+    if "backward" in implementation.claims:
+        results |= backward(whole, leaves, cotangents)
     return {name: x.cpu() for name, x in results.items()}
 
 

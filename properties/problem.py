@@ -30,7 +30,7 @@ Array = NDArray[np.float64]
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
 HALF = ("bfloat16", "float16")
-INITIAL = ("none", "zero", "M", "full")
+INITIAL = ("none", "zero", "M", "momentum", "full")
 TENSORS = ("q", "k", "v", "w", "b", "theta", "alpha", "eta", "M", "S", "anchor")
 
 
@@ -47,8 +47,9 @@ class Problem:
     H, D, C : int
         Heads, head width, chunk length.
     memory : {"plain", "normalised"}
-    initial : {"none", "zero", "M", "full"}
-        The initial state: not given, M = 0 given, M alone given, or M, S, anchor and `offsets`.
+    initial : {"none", "zero", "M", "momentum", "full"}
+        The initial state: not given, M = 0 given, M alone given, M and S at the start of a chunk, or M, S, anchor and
+        `offsets`.
     offsets : tuple of int
         With "full": tokens already consumed of each sequence's running chunk; where it is 0 the anchor is M.
     splits : tuple of int
@@ -176,8 +177,9 @@ class Problem:
         uses = {
             self.memory: True,
             "varlen": self.packed,
-            "resume": self.initial == "full",
-            "offset": any(self.offsets),
+            "initial_state": self.initial != "none",
+            "resume": self.initial in ("momentum", "full"),
+            "offset": self.initial == "full",
             "log_gates": self.log_gates,
             "half": self.dtype in HALF or self.gate_dtype in HALF,
             "bfloat16": "bfloat16" in (self.dtype, self.gate_dtype),
@@ -192,6 +194,9 @@ class Problem:
         change: dict[str, Any] = {}
         if lacking & {"plain", "normalised"}:
             change["memory"] = "normalised" if self.memory == "plain" else "plain"
+            if self.memory == "plain":
+                # As in `strategies.problems`: a normalised memory amplifies rounding errors from chunk to chunk.
+                change["lengths"] = tuple(min(length, 3 * self.C + 1) for length in self.lengths)
         if lacking & {"half", "bfloat16", "float64"}:
             other = {"float16": "float32", "float32": "float32", "float64": "float32"}
             other["bfloat16"] = "float16" if "half" in claims else "float32"
@@ -199,11 +204,13 @@ class Problem:
         if "log_gates" in lacking:
             change["log_gates"] = False
         if "varlen" in lacking:
-            change |= {"packed": False, "lengths": (max(self.lengths),) * self.sequences}
-        if "resume" in lacking:
-            change |= {"initial": "M", "offsets": ()}
-        elif "offset" in lacking:
-            change["offsets"] = (0,) * self.sequences
+            change |= {"packed": False, "lengths": (max(change.get("lengths", self.lengths)),) * self.sequences}
+        for feature, start in (("offset", "momentum"), ("resume", "M"), ("initial_state", "none")):
+            if feature in lacking:
+                change |= {"initial": start, "offsets": ()}
+        needed = {"M": "final_state", "S": "resume", "anchor": "offset"}
+        kept = [name for name in self.cotangent.split() if name == "o" or needed[name] in claims]
+        change["cotangent"] = " ".join(kept) or ("M" if "final_state" in claims else "o")
         restricted = dataclasses.replace(self, **change)
         return restricted._small() if "large" in lacking else restricted
 
@@ -250,7 +257,8 @@ class Problem:
         gate, parameter, state = name in ("theta", "alpha", "eta"), name in ("w", "b"), name in ("M", "S", "anchor")
         if parameter and self.memory == "plain":
             return None
-        if state and (self.initial == "none" or (name != "M" and self.initial != "full")):
+        given = {"M": INITIAL[1:], "S": INITIAL[3:], "anchor": INITIAL[4:]}
+        if state and self.initial not in given[name]:
             return None
         dtype = self.compute_dtype if state else DTYPES[self.gate_dtype if gate else self.dtype]
         explicit = dict(self.explicit)

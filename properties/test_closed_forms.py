@@ -33,7 +33,7 @@ def decayed(problem: Problem) -> Truth:
     return {"M": M, "S": S} | ({"o": o} if problem.memory == "plain" else {})
 
 
-@law("5.11", problems=problems(theta="constant 0", most=12, **STATEFUL), needs=["resume"])
+@law("5.11", problems=problems(theta="constant 0", most=12, **STATEFUL), needs=["initial_state"])
 def test_without_learning_the_memory_only_decays(implementation: Implementation, problem: Problem) -> None:
     inputs = problem.inputs()
     compare(run(implementation, inputs), decayed(problem), radii(implementation, inputs))
@@ -68,7 +68,7 @@ def papers_recurrence(problem: Problem) -> Truth:
     return {"o": o, "M": M, "S": S, "anchor": M}
 
 
-@law("5.11", problems=problems(C=(1,), memories=("plain",), most=12, **STATEFUL), needs=["plain"])
+@law("5.11", problems=problems(C=(1,), memories=("plain",), most=12, **STATEFUL), needs=["plain", "initial_state"])
 def test_chunks_of_one_token_are_the_papers_recurrence(implementation: Implementation, problem: Problem) -> None:
     inputs = problem.inputs()
     results = run(implementation, inputs)

@@ -27,7 +27,7 @@ def test_the_chunked_form_is_the_recurrence_for_any_length(implementation: Imple
     check(implementation, problem)
 
 
-@law("5.7", problems=problems(C=(2, 3, 4, 7, 8), wild=False, cotangent="M S anchor"))
+@law("5.7", problems=problems(C=(2, 3, 4, 7, 8), wild=False, cotangent="M S anchor"), needs=["final_state"])
 def test_the_state_after_a_tail_is_that_of_the_definition(implementation: Implementation, problem: Problem) -> None:
     # One token more, where the sequence would end with its chunk.
     lengths = tuple(
@@ -72,6 +72,7 @@ def test_any_small_numbers_give_the_oracles_results(implementation: Implementati
     problems=problems(
         memories=("plain",), D=(2,), C=(16, 5, 33), most=200, heads=1, sequences=1, k=MILD_VALUES, wild=False
     ),
+    needs=["plain"],
     share=0.3,
 )
 def test_long_sequences_of_a_plain_memory_are_the_recurrence(implementation: Implementation, problem: Problem) -> None:

@@ -36,7 +36,7 @@ def check_part(implementation: Implementation, problem: Problem, part: Part) -> 
         same(part.select_all({name: x for name, x in whole.items() if name != "offset"}), results)
 
 
-@law("5.3", problems=problems(packed=True, wild=False, most=12, sequences=4), needs=["varlen", "backward"])
+@law("5.3", problems=problems(packed=True, wild=False, most=12, sequences=4), needs=["varlen"])
 def test_packed_sequences_are_separate(implementation: Implementation, problem: Problem) -> None:
     check(implementation, problem)
     for n, length in enumerate(problem.lengths):
@@ -48,12 +48,12 @@ def test_packed_sequences_are_separate(implementation: Implementation, problem: 
         compare(results, part.select_all(solved(problem, True)), radius)
 
 
-@law("5.5", problems=problems(wild=False, most=12), needs=["backward"])
+@law("5.5", problems=problems(wild=False, most=12))
 def test_permuting_sequences_and_heads_permutes_the_results(implementation: Implementation, problem: Problem) -> None:
     check_part(implementation, problem, Part(problem.inputs(), range(problem.sequences)[::-1], range(problem.H)[::-1]))
 
 
-@law("5.5", problems=problems(wild=False, most=12), needs=["backward"])
+@law("5.5", problems=problems(wild=False, most=12))
 def test_a_sequence_alone_gives_what_it_gives_in_a_batch(implementation: Implementation, problem: Problem) -> None:
     n, h = problem.seed % problem.sequences, problem.seed % problem.H
     check_part(implementation, problem, Part(problem.inputs(), [n], [h]))
@@ -84,7 +84,7 @@ def poisoned(problem: Problem, n: int, t: int, h: int) -> Inputs:
     return wrong
 
 
-@law("4.1", problems=split(problems(wild=False)), needs=["backward"])
+@law("4.1", problems=split(problems(wild=False)))
 def test_what_is_not_finite_stays_in_its_sequence_and_head(implementation: Implementation, problem: Problem) -> None:
     n, h = problem.seed % problem.sequences, problem.seed % problem.H
     if not problem.lengths[n]:
@@ -94,7 +94,7 @@ def test_what_is_not_finite_stays_in_its_sequence_and_head(implementation: Imple
     clean = run(implementation, inputs, cotangents)
     dirty = run(implementation, poisoned(problem, n, t, h), cotangents)
     # The gradients of w and b are sums over the sequences of a head.
-    del clean["offset"]
+    clean.pop("offset", None)
     heads, others = [x for x in range(problem.H) if x != h], [x for x in range(problem.sequences) if x != n]
     for part in (Part(inputs, range(problem.sequences), heads), Part(inputs, others, range(problem.H))):
         wanted = part.select_all(clean)

@@ -106,13 +106,13 @@ def test_a_failure_says_what_where_and_how_to_see_it_again() -> None:
         replay(PROPERTIES["test_values_are_the_oracles"].law, problem)(implementation(wrong.Half()))
 
 
-def run_suite(*arguments: str, fails: bool = False, **environment: str) -> str:
+def run_suite(*arguments: str, fails: int = 0, **environment: str) -> str:
     """Run the suite, on the real op unless a plugin says otherwise."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
     variables = os.environ | {"OMP_NUM_THREADS": "1", **environment}
     done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
     assert done.returncode == fails, done.stdout + done.stderr
-    return done.stdout
+    return done.stdout + done.stderr
 
 
 def test_the_replay_option_runs_one_problem() -> None:

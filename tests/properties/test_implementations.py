@@ -1,0 +1,79 @@
+"""Any callable can be verified: what it lacks is not claimed, and never counts as passed."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from properties.checks import CLAIMS, PROPERTIES
+from properties.implementations import OPTIONAL, foreign
+from tests.properties.adapted import OUTPUTS_ALONE
+from tests.properties.test_laws import ROOT, run_suite
+
+QUICK = ("-k", "not fixture and not long_sequences")
+LAWS = {name: law for name, law in PROPERTIES.items() if "long_sequences" not in name}
+
+
+@pytest.mark.parametrize(
+    ("adapter", "lacks"),
+    [
+        ("without_backward", None),
+        ("resumes_between_chunks", None),
+        ("outputs_alone", OUTPUTS_ALONE),
+    ],
+)
+def test_an_adapter_of_a_correct_implementation_passes(adapter: str, lacks: str | None) -> None:
+    target = f"tests.properties.adapted:{adapter}"
+    output = run_suite(
+        "properties",
+        "--impl",
+        target,
+        *(["--impl-lacks", lacks] if lacks else []),
+        "--hypothesis-profile=smoke",
+        *QUICK,
+    )
+    claims = foreign(target, "cpu", lacks.split(",") if lacks else None).claims
+    not_claimed = [name for name, law in LAWS.items() if not law.needs <= claims]
+    assert re.search(rf"{len(LAWS) - len(not_claimed)} passed, {len(not_claimed)} skipped", output), output
+    assert f"not claimed: {', '.join(sorted(CLAIMS - claims))}" in output
+
+
+def test_resuming_from_the_memory_alone_is_caught() -> None:
+    test = "properties/test_splitting.py::test_splitting_a_sequence_changes_nothing"
+    output = run_suite(test, "--impl", "tests.properties.adapted:memory_alone", fails=True)
+    assert re.search(r"S\[0, 0, \d, \d\] is wrong\n.*\n.*actual 0.0", output), output
+    assert re.search(r"replay: pytest '\S+' --impl tests.properties.adapted:memory_alone --replay", output), output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--impl", "tests.properties.adapted"], "must be named as package.module:callable, got"),
+        (["--impl", "no_such_module:f"], "cannot be imported: ModuleNotFoundError: No module named 'no_such_module'"),
+        (["--impl", "titans:no_such_name"], "cannot be imported: AttributeError"),
+        (["--impl", "tests.properties.adapted:NOT_CALLABLE"], "must be callable, got int"),
+        (["--impl", "titans:chunk_titans_linear", "--impl-lacks", "speed"], "must be among .*, got speed"),
+        (["--impl", "titans:chunk_titans_linear", "--backends", "chunk"], "exclude each other"),
+        (["--impl-lacks", "half"], "--impl-lacks needs --impl"),
+    ],
+)
+def test_a_mistake_in_the_options_is_one_message(options: list[str], message: str) -> None:
+    output = run_suite("properties/test_oracle.py", *options, fails=4)
+    assert re.search(f"ERROR: .*{message}", output)
+    assert len(output.splitlines()) < 4
+
+
+@pytest.mark.parametrize("claim", sorted(OPTIONAL))
+def test_what_depends_on_a_lacking_claim_is_lacking_too(claim: str) -> None:
+    claims = foreign("titans:chunk_titans_linear", "cpu", [claim]).claims
+    assert claim not in claims
+    assert not ({"resume"} & claims and not {"initial_state", "final_state"} <= claims)
+    assert not ({"offset"} & claims and "resume" not in claims)
+
+
+def test_the_adapter_in_the_readme_passes(tmp_path: Path) -> None:
+    (code,) = re.findall(r"```python\n(# my_adapter\.py\n.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "my_adapter.py").write_text(code)
+    test = "properties/test_oracle.py::test_values_are_the_oracles"
+    output = run_suite(test, "--impl", "my_adapter:memory", PYTHONPATH=str(tmp_path))
+    assert "1 passed" in output
