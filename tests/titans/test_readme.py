@@ -15,13 +15,13 @@ def test_the_examples_run(code: str) -> None:
 
 
 def test_the_equations_are_numbered_one_after_the_other() -> None:
-    assert re.findall(r"&& \((\d+)\)", TEXT) == [str(number) for number in range(1, 19)]
+    assert re.findall(r"&& \((\d+)\)", TEXT) == [str(number) for number in range(1, 21)]
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_every_cited_equation_has_its_number(path: Path) -> None:
     citations = re.findall(r"(?:[Ee]quations?|Eqs?\.|eqs?\.|#) ((?:\(\d+\)(?:-|, | and | to )?)+)", path.read_text())
-    assert {int(number) for cited in citations for number in re.findall(r"\d+", cited)} <= set(range(1, 19))
+    assert {int(number) for cited in citations for number in re.findall(r"\d+", cited)} <= set(range(1, 21))
 
 
 def test_every_module_is_in_the_table_of_files() -> None:
