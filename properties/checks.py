@@ -5,7 +5,7 @@ import math
 import os
 import platform
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -136,21 +136,62 @@ class LawBroken(AssertionError):
 
 @dataclass
 class Tally:
-    """What one test saw."""
+    """What one test saw: the facts of a `report.Verdict`."""
 
+    calls: int = 0
     examples: int = 0
     ill_conditioned: int = 0
-    worst: float = 0.0
-    where: str = ""
+    finite: int = 0
+    exact: int = 0
+    error: float = 0.0
+    ratio: float = 0.0
+    result: str = ""
+    problem: str = ""
+    tightness: dict[str, float] = field(default_factory=dict)
+    failing_call: int = 0
+    failing_problem: str = ""
+    message: str = ""
+    replay: str = ""
+    now: "Example" = field(default_factory=lambda: Example())
+
+    def close_example(self, problem: Problem) -> None:
+        """Count the example that just ended, if the oracle was asked in it."""
+        now, self.now = self.now, Example()
+        self.calls += 1
+        self.examples += now.compared
+        self.ill_conditioned += now.unsure
+        self.finite += now.compared and not now.overflows
+        self.exact += now.exact
+        self.error = max(self.error, now.error)
+        if now.ratio > self.ratio:
+            self.ratio, self.result, self.problem = now.ratio, now.result, problem.to_json()
+        for name, ratio in now.tightness.items():
+            self.tightness[name] = max(ratio, self.tightness.get(name, 0.0))
+
+    def fail(self, implementation: Implementation, problem: Problem, error: Exception) -> None:
+        """Note a failure; Hypothesis shows the smallest one last."""
+        self.failing_call = self.failing_call or self.calls + 1
+        self.failing_problem, self.message = problem.to_json(), f"{type(error).__name__}: {error}"
+        self.replay = replay_command(problem)
+
+    def facts(self) -> dict[str, Any]:
+        """Return everything but the running example."""
+        return {name: value for name, value in vars(self).items() if name != "now"}
+
+
+@dataclass
+class Example:
+    """What the running example saw."""
+
     compared: bool = False
     unsure: bool = False
-    failure: tuple[str, Problem] | None = None
-
-    def close_example(self) -> None:
-        """Count the example that just ended, if the oracle was asked in it."""
-        self.examples += self.compared
-        self.ill_conditioned += self.unsure
-        self.compared = self.unsure = False
+    overflows: bool = False
+    exact: bool = False
+    error: float = 0.0
+    ratio: float = 0.0
+    result: str = ""
+    stage: str = ""
+    tightness: dict[str, float] = field(default_factory=dict)
 
 
 # The tally of the running test; `conftest.py` empties it before each.
@@ -184,13 +225,13 @@ def law(
             except HypothesisException:
                 raise
             except oracle.Unsettled:
-                TALLY.compared = TALLY.unsure = True
+                TALLY.now.compared = TALLY.now.unsure = True
             except Exception as error:
-                TALLY.failure = (function.__name__, problem)
+                TALLY.fail(implementation, problem, error)
                 error.add_note(explanation(implementation, problem))
                 raise
             finally:
-                TALLY.close_example()
+                TALLY.close_example(problem)
 
         found = Property(checked, problems, frozenset(needs), share)
         PROPERTIES[function.__name__] = found
@@ -224,15 +265,20 @@ def replay(law: Law, problem: Problem) -> Law:
 
 def explanation(implementation: Implementation, problem: Problem) -> str:
     """Say what a failed example was, and how to run it again."""
-    test = os.environ.get("PYTEST_CURRENT_TEST", "TEST (call)").rpartition(" ")[0]
-    options = "".join(f" {option}" for option in OPTIONS)
     versions = f"python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}"
     lines = [f"implementation: {implementation.name} on {implementation.device}; {versions}", f"problem: {problem!r}"]
     if problem.tokens * problem.H <= 8:
         given = problem.inputs()
         lines += [f"    {name} = {getattr(given, name).tolist()}" for name in ("theta", "alpha", "eta")]
-    lines.append(f"replay: pytest '{test}'{options} --replay '{problem.to_json()}'")
+    lines.append(f"replay: {replay_command(problem)}")
     return "\n".join(lines)
+
+
+def replay_command(problem: Problem) -> str:
+    """Return what runs the current test on this problem."""
+    test = os.environ.get("PYTEST_CURRENT_TEST", "TEST (call)").rpartition(" ")[0]
+    options = "".join(f" {option}" for option in OPTIONS)
+    return f"pytest '{test}'{options} --replay '{problem.to_json()}'"
 
 
 def run(
@@ -372,38 +418,53 @@ def compare(results: Results, wanted: Truth, radius: Radii) -> None:
 
     There are fewer results than `wanted` where an implementation does not claim them all.
     """
-    TALLY.compared = True
+    now = TALLY.now
+    now.compared = True
     wanted = {name: exactly for name, exactly in wanted.items() if name in results}
     overflows = any(not np.isfinite(radius[name]).all() for name in wanted)
+    now.overflows |= overflows
     widest = max((x.dtype.itemsize for x in results.values() if x.is_floating_point()), default=0)
     for name, exactly in wanted.items():
         actual = results[name]
         expect(name, tuple(actual.shape), exactly.shape)
         if actual.numel():
-            worst = compare_one(name, actual, exactly, radius[name], overflows)
+            ratio, error = compare_one(name, actual, exactly, radius[name], overflows)
             # A narrow result may always be half an ulp off, which says nothing about the arithmetic.
-            if worst > TALLY.worst and actual.dtype.itemsize == widest:
-                TALLY.worst, TALLY.where = worst, name
+            if actual.dtype.itemsize == widest:
+                note(name, ratio, error)
+
+
+def note(name: str, ratio: float, error: float) -> None:
+    """Keep the worst of the running example."""
+    now = TALLY.now
+    now.error = max(now.error, error)
+    if ratio > now.ratio:
+        now.ratio, now.result = ratio, name
+    if now.stage:
+        key = f"{now.stage} {name}"
+        now.tightness[key] = max(ratio, now.tightness.get(key, 0.0))
 
 
 def compare_one(
     name: str, actual: Tensor, exactly: NDArray[np.object_], radius: NDArray[np.float64], overflows: bool
-) -> float:
-    """Compare one result, and return its worst error over radius.
+) -> tuple[float, float]:
+    """Compare one result, and return its worst error, over the radius and in ulps of the largest exact value.
 
     There is no verdict where the radius is infinite. Where anything overflows, section 4.1 promises nothing finite.
     """
     __tracebackhide__ = True
     size = nearest(np.abs(exactly))
     measurable = (radius < math.inf) & (actual.isfinite().numpy() | (not overflows))
-    TALLY.unsure |= is_unsure(actual.dtype, size, radius)
+    unsure = is_unsure(actual.dtype, size, radius)
+    TALLY.now.unsure |= unsure
     error = np.abs(exact(actual) - exactly)
     within = (error <= exact(radius)).astype(bool) | ~measurable
+    far = np.where(measurable, nearest(error), 0)
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = np.where(measurable & (error != 0).astype(bool), nearest(error) / radius, 0)
+        ratio = np.where(far != 0, far / radius, 0)
     worst = np.unravel_index(np.argmax(np.where(np.isnan(ratio), math.inf, ratio)), ratio.shape)
     if not within.all():
-        TALLY.worst, TALLY.where = float(ratio[worst]), name
+        note(name, float(ratio[worst]), math.inf)
         raise LawBroken(
             f"{name}[{', '.join(map(str, worst))}] is wrong\n"
             f"    exact  {context.nstr(exactly[worst], 20)}\n"
@@ -413,7 +474,13 @@ def compare_one(
             f"    ratio  {ratio[worst]:.6g}\n"
             f"    dtype  {actual.dtype}, {(~within).sum()} of {within.size} elements are wrong"
         )
-    return float(ratio[worst])
+    return float(ratio[worst]), 0.0 if unsure else in_ulps(float(far.max()), float(size.max()), actual.dtype)
+
+
+def in_ulps(error: float, size: float, dtype: torch.dtype) -> float:
+    """Return an error in units of the spacing of a format at a size; below the normal numbers that is constant."""
+    form = torch.finfo(dtype)
+    return error / (form.eps * 2.0 ** math.floor(math.log2(max(size, form.tiny))))
 
 
 def nearest(x: Any) -> Any:

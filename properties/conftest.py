@@ -14,14 +14,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from properties import checks, implementations
+from properties import checks, implementations, report
 from properties.implementations import BACKENDS, DEFAULT, devices
 from properties.problem import Problem
 
 FIXTURES = Path(__file__).parent / "fixtures"
-KEY = "titans"
-REPLAYED = "test_fixture"
-SEEN = pytest.StashKey[list[dict[str, Any]]]()
+SEEN = pytest.StashKey[list[report.Verdict]]()
 SUBJECTS = pytest.StashKey[dict[str, checks.Implementation]]()
 
 # The first example of a process imports, compiles and warms up: no deadline, and slowness is no sign of ill health.
@@ -41,6 +39,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--impl-lacks", metavar="CLAIMS", help="what it does not claim, instead of what it says itself")
     group.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where the implementations run (cpu)")
     group.addoption("--replay", metavar="PROBLEM", help="run the selected laws on this problem alone: JSON or a file")
+    group.addoption("--verdicts", metavar="FILE", type=Path, help="write the verdict on each law as JSON")
     group.addoption("--save-failures", action="store_true", help="write each failure's problem into fixtures/")
 
 
@@ -127,6 +126,25 @@ def read_problem(given: str | None) -> Problem | None:
     return Problem.from_json(json.dumps(fields.get("problem", fields)))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Say what the test is about, even where it is not run."""
+    item.user_properties[:] = report.properties(about(item))
+
+
+def about(item: pytest.Item) -> dict[str, Any]:
+    """Return which law a test puts before which implementation."""
+    subject = item.callspec.params.get("implementation") if hasattr(item, "callspec") else None
+    mark = item.get_closest_marker("law")
+    needs = mark.kwargs["needs"] if mark else frozenset()
+    return {
+        "law": item.name.partition("[")[0],
+        "implementation": subject.name if subject else "",
+        "sections": list(mark.args) if mark else [],
+        "lacking": sorted(needs - subject.claims) if subject else [],
+    }
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
     """Tally what the test checks, and keep what it found."""
@@ -134,18 +152,12 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
     try:
         return (yield)
     except Exception:
-        if checks.TALLY.failure and item.config.getoption("--save-failures") and "fixture" not in item.fixturenames:
-            save(*checks.TALLY.failure, item.name)
+        found = checks.TALLY.failing_problem
+        if found and item.config.getoption("--save-failures") and "fixture" not in item.fixturenames:
+            save(about(item)["law"], Problem.from_json(found), item.name)
         raise
     finally:
-        item.user_properties.append((KEY, summary(item, checks.TALLY)))
-
-
-def summary(item: pytest.Item, tally: checks.Tally) -> dict[str, Any]:
-    """Return what a test was about and its tally, fit to travel from a worker."""
-    subject = item.callspec.params.get("implementation") if isinstance(item, pytest.Function) else None
-    about = {"law": item.name.partition("[")[0], "implementation": subject.name if subject else ""}
-    return about | {name: getattr(tally, name) for name in ("examples", "ill_conditioned", "worst", "where")}
+        item.user_properties += report.properties(checks.TALLY.facts())
 
 
 def save(law: str, problem: Problem, test: str) -> Path:
@@ -164,16 +176,22 @@ def save(law: str, problem: Problem, test: str) -> Path:
 
 
 class Collector:
-    """Gather the tallies of all workers."""
+    """Gather the verdicts of all workers."""
 
-    def __init__(self, seen: list[dict[str, Any]]) -> None:
+    def __init__(self, seen: list[report.Verdict]) -> None:
         self.seen = seen
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Keep the tally of a test that ran."""
-        for key, tally in report.user_properties:
-            if key == KEY and report.when == "call":
-                self.seen.append(tally)
+        """Keep the verdict of a test that ran, or could not."""
+        if (report.when == "call" or (report.when == "setup" and not report.passed)) and (row := verdict(report)):
+            self.seen.append(row)
+
+
+def verdict(given: pytest.TestReport) -> report.Verdict | None:
+    """Return the verdict that a report of pytest's amounts to."""
+    failed = "fail" if given.when == "call" else "error"
+    outcome = {"passed": "pass", "skipped": "not claimed", "failed": failed}[given.outcome]
+    return report.read(given.nodeid, outcome, given.user_properties)
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -181,33 +199,18 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     session.config.pluginmanager.register(Collector(session.config.stash[SEEN]), "titans-collector")
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Write the verdicts where a file was asked for; a worker leaves that to the controller."""
+    path = session.config.getoption("--verdicts")
+    if path and not hasattr(session.config, "workerinput"):
+        report.write_json(path, session.config.stash[SEEN], {"about": pytest_report_header(session.config)})
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Print what was checked: examples, ill-conditioned ones, the worst error over bound of each law and backend."""
-    seen = [tally for tally in config.stash[SEEN] if tally["implementation"]]
+    """Print the table of verdicts, the failures in full, and how much was checked."""
+    seen = config.stash[SEEN]
     if not seen:
         return
-    names = list(dict.fromkeys(tally["implementation"] for tally in seen))
-    terminalreporter.section("what was checked")
-    terminalreporter.write_line(f"{'worst error / bound, and the result it is in':66}" + columns(names))
-    for law in dict.fromkeys(tally["law"] for tally in seen):
-        cells = [cell([x for x in seen if (x["law"], x["implementation"]) == (law, name)]) for name in names]
-        terminalreporter.write_line(f"  {law.removeprefix('test_'):64}" + columns(cells))
-    generated = [tally for tally in seen if tally["law"] != REPLAYED]
-    examples, unsure = (sum(tally[name] for tally in generated) for name in ("examples", "ill_conditioned"))
-    terminalreporter.write_line(
-        f"{examples} generated examples checked against the oracle, {unsure} of them ill-conditioned "
-        f"(some radius above half of the largest exact value); {len(seen) - len(generated)} replays of fixtures"
-    )
-
-
-def columns(texts: list[str]) -> str:
-    """Align texts at the right."""
-    return "".join(f"{text:>20}" for text in texts)
-
-
-def cell(tallies: list[dict[str, Any]]) -> str:
-    """Show one law's worst ratio; a law that compares bits has none."""
-    if not any(tally["examples"] for tally in tallies):
-        return "bits" if tallies else "-"
-    worst = max(tallies, key=lambda tally: tally["worst"])
-    return f"{worst['worst']:.3f} {worst['where']}"
+    terminalreporter.section("verdicts")
+    for line in (*report.table(seen), *report.failures(seen), *report.summary(seen)):
+        terminalreporter.write_line(line)

@@ -7,6 +7,8 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
@@ -127,6 +129,7 @@ def test_a_failure_can_be_saved_and_replayed(tmp_path: Path) -> None:
     test = "properties/test_oracle.py::test_any_small_numbers_give_the_oracles_results[chunk]"
     broken = ("-p", "tests.properties.broken", test)
     output = run_suite(*broken, "--save-failures", "--hypothesis-seed=0", fails=True, FIXTURES=str(tmp_path))
+    assert re.search(r"any_small_numbers_give_the_oracles_results +FAIL +\d+", output)
     assert re.search(r"replay: pytest 'properties/\S+\[chunk\]' --replay '\{.*\}'", output)
     (saved,) = tmp_path.glob("001-any-small-numbers-give-the-oracles-results.json")
     assert json.loads(saved.read_text())["laws"] == ["test_any_small_numbers_give_the_oracles_results"]
@@ -138,5 +141,45 @@ def test_the_header_and_the_summary_survive_xdist() -> None:
     test = "properties/test_oracle.py::test_any_small_numbers_give_the_oracles_results"
     output = run_suite("-n", "2", test, "--backends", "chunk,recurrent")
     assert re.search(r"titans: backends chunk,recurrent on cpu .*profile \w+", output)
-    assert re.search(r"any_small_numbers_give_the_oracles_results +0\.\d+ \w+ +0\.\d+ \w+", output)
+    assert re.search(r"any_small_numbers_give_the_oracles_results +pass +\d+ +\S+ +0\.\d+  \w+ \w+", output)
     assert re.search(r"\d+ generated examples checked against the oracle, \d+ of them ill-conditioned", output)
+
+
+def verdicts(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """Read what `--verdicts` wrote, by law and implementation."""
+    return {(x["law"], x["implementation"]): x for x in json.loads(path.read_text())["verdicts"]}
+
+
+def test_the_verdicts_are_written_as_json_and_xml(tmp_path: Path) -> None:
+    path, xml = tmp_path / "verdicts.json", tmp_path / "junit.xml"
+    tests = ("properties/test_oracle.py", "properties/test_plain_memory.py", "-k", "small")
+    written = ("--verdicts", str(path), "--junitxml", str(xml))
+    run_suite("-n", "2", *tests, "--backends", "chunk,log", *written)
+    found = verdicts(path)
+    numbers, integers = (
+        "test_any_small_numbers_give_the_oracles_results",
+        "test_small_integers_give_exactly_the_oracles_values",
+    )
+    assert found[numbers, "chunk"]["verdict"] == "pass"
+    assert found[numbers, "chunk"]["examples"] >= 50
+    assert found[numbers, "chunk"]["ratio"] > 0
+    Problem.from_json(found[numbers, "chunk"]["problem"])
+    # What is not claimed is never passed.
+    assert found[integers, "log"]["verdict"] == "not claimed"
+    assert found[integers, "log"]["lacking"] == ["exact"]
+    cases = {x.get("name"): x for x in ElementTree.parse(xml).iter("testcase")}
+    facts = {x.get("name"): x.get("value") for x in cases[f"{integers}[log]"].iter("property")}
+    assert facts["titans.lacking"] == "['exact']"
+
+
+def test_the_verdict_on_a_failure_has_all_there_is_to_say(tmp_path: Path) -> None:
+    path, law = tmp_path / "verdicts.json", "test_any_small_numbers_give_the_oracles_results"
+    test = f"properties/test_oracle.py::{law}[chunk]"
+    broken = ("-p", "tests.properties.broken", test, "--verdicts", str(path), "--hypothesis-seed=0")
+    run_suite(*broken, fails=True, FIXTURES=str(tmp_path))
+    (failed,) = verdicts(path).values()
+    assert (failed["law"], failed["verdict"]) == (law, "fail")
+    assert failed["failing_call"] > 0
+    assert Problem.from_json(failed["failing_problem"]).tokens == 1
+    assert failed["message"].startswith("LawBroken: ")
+    assert failed["failing_problem"] in failed["replay"]
