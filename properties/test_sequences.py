@@ -33,7 +33,9 @@ def check_part(implementation: Implementation, problem: Problem, part: Part) -> 
     results = run(implementation, inputs, cotangents)
     compare(results, part.select_all(solved(problem, True)), radii(implementation, inputs, cotangents))
     if "batch_invariant" in implementation.claims:
-        same(part.select_all({name: x for name, x in whole.items() if name != "offset"}), results)
+        # In other order the sum over the sequences has other roundings.
+        sums = ("dw", "db") if len(part.sequences) > 1 else ()
+        same(part.select_all({name: x for name, x in whole.items() if name not in ("offset", *sums)}), results)
 
 
 @law("5.3", problems=problems(packed=True, wild=False, most=12, sequences=4), needs=["varlen"])
