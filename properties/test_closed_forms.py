@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import oracle
 from oracle.formats import doubles, exact
 from properties.checks import Implementation, Truth, check, compare, expect, law, radii, run, same, solved
-from properties.problem import Problem
+from properties.problem import HALF, Problem
 from properties.strategies import problems
 
 STATEFUL = {"initial": ("full", "M"), "wild": False, "log_gates": False}
@@ -35,6 +35,33 @@ def decayed(problem: Problem) -> Truth:
 
 @law("5.11", problems=problems(theta="constant 0", most=12, **STATEFUL), needs=["initial_state"])
 def test_without_learning_the_memory_only_decays(implementation: Implementation, problem: Problem) -> None:
+    inputs = problem.inputs()
+    compare(run(implementation, inputs), decayed(problem), radii(implementation, inputs))
+
+
+# Nothing but the decay is left of the memory: whatever is wrong with the inner gradient, it is not looked at.
+DECAY = {"theta": "constant 0", "initial": ("M",), "most": 12, "wild": False, "log_gates": False}
+MIDDLE = ("2^-1", "2^-2", "2^-3", "1-2^-2")
+
+
+@law(
+    "5.7",
+    problems=problems(dtypes=("float32",), C=(2, 3, 4, 7, 8), unit_levels=MIDDLE, gate_dtype="float32", **DECAY),
+    needs=["initial_state", "final_state"],
+)
+def test_the_state_after_a_tail_without_learning_has_decayed_so_far(
+    implementation: Implementation, problem: Problem
+) -> None:
+    inputs = problem.inputs()
+    compare(run(implementation, inputs), decayed(problem), radii(implementation, inputs))
+
+
+@law(
+    "3",
+    problems=problems(C=(1,), gate_dtype=st.sampled_from(HALF), dtypes=("float32", *HALF), unit_levels=MIDDLE, **DECAY),
+    needs=["initial_state", "half"],
+)
+def test_gates_are_raised_before_anything_else(implementation: Implementation, problem: Problem) -> None:
     inputs = problem.inputs()
     compare(run(implementation, inputs), decayed(problem), radii(implementation, inputs))
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from oracle import Inputs
-from properties.checks import Implementation, check, compare, expect, law, radii, run, same, solved
+from properties.checks import Implementation, Results, check, compare, expect, law, radii, run, same, solved
 from properties.parts import TOKENS, Part
 from properties.problem import Problem
 from properties.strategies import problems, split
@@ -17,6 +17,16 @@ BOUNDED = problems(
     wild=False,
     k="unit 0",
     theta_levels=("2^-1", "2^-2", "2^0", "0", "2^-149"),
+)
+# The ends of the ranges of theta and eta; that of alpha is left to the outputs.
+SWITCHED = problems(
+    dtypes=("float32", "float64"),
+    wild=False,
+    log_gates=False,
+    k="unit 0",
+    unit_levels=("2^-1", "0"),
+    theta_levels=("2^-1", "0"),
+    alpha="constant 2^-1",
 )
 
 
@@ -110,5 +120,17 @@ def test_what_is_not_finite_stays_in_its_sequence_and_head(implementation: Imple
 def test_finite_inputs_give_finite_results(implementation: Implementation, problem: Problem) -> None:
     # However many chunks there are.
     short = replace(problem, C=1, offsets=(0,) * len(problem.offsets))
-    for name, x in run(implementation, short.inputs()).items():
+    check_finite(run(implementation, short.inputs()))
+
+
+@law("4.1", "5.8", problems=SWITCHED, needs=["backward"])
+def test_gates_of_zero_give_finite_gradients(implementation: Implementation, problem: Problem) -> None:
+    # A single chunk, since a gradient may grow a million times from one to the next.
+    single = replace(problem, C=max(1, *problem.lengths), offsets=(0,) * len(problem.offsets))
+    check_finite(run(implementation, single.inputs(), single.cotangents()))
+
+
+def check_finite(results: Results) -> None:
+    """Raise unless every number is finite."""
+    for name, x in results.items():
         expect(f"whether {name} is finite", bool(x.isfinite().all()), True)

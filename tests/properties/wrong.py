@@ -211,6 +211,14 @@ class GatesInHalf(Definition):
         return super().gates(*(x.bfloat16() for x in (theta, alpha, eta)), log_gates, dtype)
 
 
+class GatesStayHalf(Definition):
+    """1 - alpha is computed in the gates' own dtype."""
+
+    def gates(self, theta: Tensor, alpha: Tensor, eta: Tensor, log_gates: bool, dtype: torch.dtype) -> list[Tensor]:
+        theta, a, eta = super().gates(theta, alpha, eta, log_gates, dtype)
+        return [theta, a if log_gates else (1 - alpha).to(dtype), eta]
+
+
 class LogOfZero(Definition):
     """eta goes through its log: right where eta is not 0, and NaN in the gradient where it is."""
 

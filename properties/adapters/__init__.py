@@ -1,0 +1,1 @@
+"""Other people's implementations, for `--impl properties.adapters.MODULE:CALLABLE`."""
