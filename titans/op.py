@@ -11,7 +11,7 @@ from titans import checks
 from titans.call import Call, TitansState, compute_dtype
 from titans.gates import linear_gates
 from titans.recurrent import recurrent
-from titans.registered import chunked
+from titans.registered import chunked, step
 
 
 def chunk_titans_linear(
@@ -96,20 +96,29 @@ def chunk_titans_linear(
 
 def _run(call: Call, backend: str | None) -> tuple[Tensor, TitansState]:
     """Choose the backend, call it, and put the final state together."""
-    device = call.q.device.type
-    if torch.is_autocast_enabled(device) and call.q.dtype != torch.float64:
-        # as for attention: the operands of the products follow autocast; gates, parameters and states do not
-        dtype = torch.get_autocast_dtype(device)
-        call = call._replace(q=call.q.to(dtype), k=call.k.to(dtype), v=call.v.to(dtype))
+    call = _follow_autocast(call)
     backend = backend or _default_backend(call)
-    if backend == "triton" and (against := _reason_against_kernels(call)):
-        raise ValueError(f"`backend` 'triton' {against}")
+    _check_backend(call, backend)
     if backend == "recurrent":
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(call.q.device.type, enabled=False):
             o, M, S, anchor = _recurrent(call)
     else:
         o, M, S, anchor, *_ = chunked(*call, backend)
     return o, TitansState(M, S, anchor, _final_offset(call))
+
+
+def _follow_autocast(call: Call) -> Call:
+    """As for attention: the operands of the products follow autocast; gates, parameters and states do not."""
+    device = call.q.device.type
+    if not torch.is_autocast_enabled(device) or call.q.dtype == torch.float64:
+        return call
+    dtype = torch.get_autocast_dtype(device)
+    return call._replace(q=call.q.to(dtype), k=call.k.to(dtype), v=call.v.to(dtype))
+
+
+def _check_backend(call: Call, backend: str) -> None:
+    if backend == "triton" and (against := _reason_against_kernels(call)):
+        raise ValueError(f"`backend` 'triton' {against}")
 
 
 def titans_linear(*args: Any, **kwargs: Any) -> tuple[Tensor, TitansState | None]:
@@ -173,9 +182,14 @@ def titans_linear_step(
     q, k, v, theta, alpha, eta = (x.unsqueeze(1) for x in (q_t, k_t, v_t, theta_t, alpha_t, eta_t))
     M, S, anchor, offset = _initial_state(state, q_t.shape[0], q_t)
     call = Call(q, k, v, w, b, theta, alpha, eta, M, S, anchor, offset, None, float(eps), chunk_size, log_gates)
-    if backend is None and not _kernels_take(call):
-        backend = "recurrent"
-    o, state = _run(call, backend)
+    call = _follow_autocast(call)
+    backend = backend or ("triton" if _kernels_take(call) else "recurrent")
+    if backend == "triton":
+        _check_backend(call, backend)
+        o, M, S, anchor, offset = step(*call)
+        state = TitansState(M, S, anchor, offset)
+    else:
+        o, state = _run(call, backend)
     return o[:, 0], state
 
 

@@ -1,4 +1,4 @@
-"""The chunk form as the registered operators `titans::chunked` and `titans::chunked_backward`.
+"""The chunk form as the registered operators `titans::chunked` and `titans::chunked_backward`; `titans::step`.
 
 `torch.compile` and CUDA graphs see one opaque operator per direction. What the backward needs beside the inputs
 is the memory and the momentum that each piece starts from; the kernels keep x and r of eq. (2), too. They are imported
@@ -15,12 +15,13 @@ from torch import Tensor
 from titans import chunk
 from titans.call import Call
 
-# the fields of `Call`, then the backend
-_ARGUMENTS = (
+# the fields of `Call`
+_CALL = (
     "Tensor q, Tensor k, Tensor v, Tensor? w, Tensor? b, Tensor theta, Tensor alpha, Tensor eta, "
     "Tensor M, Tensor S, Tensor anchor, Tensor? offset, Tensor? cu_seqlens, "
-    "float eps, int chunk_size, bool log_gates, str backend"
+    "float eps, int chunk_size, bool log_gates"
 )
+_ARGUMENTS = f"{_CALL}, str backend"
 _KEPT = 4  # from this output on
 _COTANGENTS = "Tensor M0, Tensor S0, Tensor x, Tensor r, Tensor? do, Tensor? dM, Tensor? dS, Tensor? danchor"
 
@@ -99,3 +100,36 @@ def _backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]
 
 
 chunked.register_autograd(_backward, setup_context=_save)
+
+
+@torch.library.custom_op("titans::step", mutates_args=(), schema=f"({_CALL}) -> {_tensors(5)}")
+def step(*arguments: Any) -> tuple[Tensor, ...]:
+    """Compute o, and M, S, anchor and offset after it, for a call of one token, in one launch."""
+    from titans.kernels.step import step as launch
+
+    return launch(Call(*arguments).contiguous())
+
+
+@step.register_fake
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    call = Call(*arguments)
+    states = [call.M.new_empty(call.M.shape) for _ in range(3)]
+    offset = call.M.new_empty(len(call.M), dtype=torch.int64 if call.offset is None else call.offset.dtype)
+    return call.q.new_empty(call.q.shape), *states, offset
+
+
+def _save_step(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:13])
+    ctx.options = inputs[13:]
+
+
+def _step_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    # rare, so it need not be fast: the reverse of the chunk form of the same token
+    call = (*ctx.saved_tensors, *ctx.options, "triton")
+    kept = chunked(*call)[_KEPT:]
+    grads = chunked_backward(*call, *kept, *cotangents[:_KEPT])
+    return *(g if x is not None else None for g, x in zip(grads, call[:11], strict=True)), *(None,) * 5
+
+
+step.register_autograd(_step_backward, setup_context=_save_step)

@@ -2,7 +2,7 @@
 
     python -m tests.titans.compile_kernels float32 highest 64    # dtype, precision of float32 products, chunk length
 
-The launches are those of a real forward and backward, intercepted: so are their specialisations, tile sizes and warps.
+The launches are those of a real forward, backward and step, intercepted: so are their specialisations, sizes and warps.
 """
 
 import json
@@ -18,9 +18,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
 from titans.call import Call
-from titans.registered import chunked
+from titans.registered import chunked, step
 
 D = 64
+TOKENS = ("q", "k", "v", "theta", "alpha", "eta")
 
 
 class NoGPU:
@@ -40,7 +41,7 @@ class NoGPU:
 
 
 def compiled(call: Call) -> list[Any]:
-    """Compile what a forward and a backward would launch."""
+    """Compile what a forward, a backward and a step would launch."""
     kernels: list[Any] = []
 
     def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -51,6 +52,8 @@ def compiled(call: Call) -> list[Any]:
     leaves = [x.requires_grad_() for x in call[:11] if x is not None]
     o = chunked(*call, "triton")[0]
     torch.autograd.grad(o, leaves, torch.zeros_like(o))
+    token = {name: getattr(call, name)[:, :1] for name in TOKENS}
+    step(*call._replace(**token, offset=torch.zeros(len(call.M), dtype=torch.int64)))
     return kernels
 
 

@@ -320,17 +320,52 @@ def test_the_host_never_waits(case: Case) -> None:
         compute(call, inflow)
 
 
+def decoding(seed: int = 0) -> tuple[list[Tensor], TitansState]:
+    """Return one token of some sequences, with w and b, and their state."""
+    call = Case(BF16, D=64, C=4, B=9, T=1, resumed=True).call(seed)
+    token, gates = ([x[:, 0] for x in part] for part in (call[:3], call[5:8]))
+    return [*token, call.w, call.b, *gates], TitansState(*call[8:12])
+
+
+def decode(token: Sequence[Tensor], state: TitansState, function: Any = titans_linear_step) -> list[Tensor]:
+    """Decode one token."""
+    o, final = function(*token, state, chunk_size=4, backend="triton")
+    return [o, *final]
+
+
 def test_the_host_does_not_wait_for_a_step() -> None:
-    call = Case(BF16, D=64, C=16, T=1, resumed=True).call()
-    token = [x[:, 0] for x in (call.q, call.k, call.v)]
-    gates = [x[:, 0] for x in (call.theta, call.alpha, call.eta)]
-
-    def step() -> None:
-        titans_linear_step(*token, call.w, call.b, *gates, TitansState(*call[8:12]), chunk_size=16)
-
-    step()
+    token, state = decoding()
+    decode(token, state)
     with no_synchronisation():
-        step()
+        decode(token, state)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_step_gives_the_eager_bits() -> None:
+    token, state = decoding()
+    assert same(decode(token, state, torch.compile(titans_linear_step, fullgraph=True)), decode(token, state))
+
+
+def test_a_replayed_graph_decodes_with_the_eager_bits() -> None:
+    """It feeds the state back to itself, as a decoding loop does."""
+    token, state = decoding()
+    expected, eager = [], state
+    tokens = [decoding(seed)[0] for seed in range(1, 6)]
+    for now in tokens:
+        o, *after = decode([*now[:3], *token[3:5], *now[5:]], eager)
+        eager = TitansState(*after)
+        expected.append(o)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o, *after = decode(token, state)
+        for x, new in zip(state, after, strict=True):
+            x.copy_(new)
+    for now, wanted in zip(tokens, expected, strict=True):
+        for x, new in zip([*token[:3], *token[5:]], [*now[:3], *now[5:]], strict=True):
+            x.copy_(new)
+        graph.replay()
+        assert torch.equal(o, wanted)
+    assert same([*state], [*eager])
 
 
 @pytest.mark.parametrize("case", [USUAL, HARD], ids=str)

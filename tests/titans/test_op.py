@@ -10,7 +10,7 @@ from torch import Tensor
 
 from titans import TitansState, check_gates, chunk_titans_linear, titans_linear, titans_linear_step
 from titans.call import Call
-from titans.registered import chunked
+from titans.registered import chunked, step
 
 B, T, H, D, C = 3, 7, 2, 4, 3
 NAMES = ("q", "k", "v", "w", "b", "theta", "alpha", "eta")
@@ -242,6 +242,28 @@ def test_the_operator_keeps_its_promises_to_pytorch(given: Arguments, offset: Te
 @pytest.mark.parametrize("backend", [INTERPRETED])
 def test_the_kernels_fill_the_shapes_that_were_promised(given: Arguments, offset: Tensor | None, backend: str) -> None:
     torch.library.opcheck(chunked, (*operands(given, offset), backend), test_utils="test_faketensor")
+
+
+@pytest.mark.parametrize("offset", [None, state().offset], ids=["fresh", "resumed"])
+@pytest.mark.parametrize("backend", [INTERPRETED])
+def test_the_step_keeps_its_promises_to_pytorch(offset: Tensor | None, backend: str) -> None:
+    torch.library.opcheck(step, (*operands(arguments(T=1), offset),))
+
+
+@pytest.mark.parametrize("backend", [INTERPRETED])
+def test_a_step_gives_the_same_bits_with_and_without_gradients(backend: str) -> None:
+    """It is the same kernel: only the backward is that of the chunk form."""
+    given = arguments(T=1)
+    token = [given[name][:, 0] for name in ("q", "k", "v")]
+    gates = [given[name][:, 0] for name in ("theta", "alpha", "eta")]
+
+    def decode(start: TitansState) -> list[Tensor]:
+        o, final = titans_linear_step(*token, given["w"], given["b"], *gates, start, 0.25, C, backend=backend)
+        return [o, *final]
+
+    recorded = decode(TitansState(*(x.clone().requires_grad_() for x in state()[:3]), state().offset))
+    assert recorded[0].requires_grad
+    assert same([x.detach() for x in recorded], decode(state()))
 
 
 def saved(given: Arguments) -> int:
