@@ -10,9 +10,10 @@ from torch import Tensor
 
 from titans.call import Call
 from titans.kernels.coefficients import coefficients_kernel, coefficients_vjp_kernel
+from titans.kernels.keys import anchor_vjp_kernel, key_vjp_kernel
 from titans.kernels.layout import Layout, layout_of, max_slots, places, sizes, stages, storage, tiles
 from titans.kernels.output import output_kernel, output_vjp_kernel
-from titans.kernels.state import key_vjp_kernel, state_kernel, state_vjp_kernel
+from titans.kernels.state import state_kernel, state_vjp_kernel
 
 __all__ = ["backward", "forward", "kept", "max_slots", "reason_against", "storage"]
 
@@ -121,13 +122,19 @@ def backward(
         call.k, call.v, call.w, call.b, c.ends, c.end, x, r, means, *at[:2], dM, dS, danchor,
         du, dM0, dS0, dy_k, dM_in, dS_in, danchor_in, **tile, BS=layout.BS, STAGES=stages(layout)[1],
     )  # fmt: skip
+    # of the rows that keys read; where no chunks share a block there are none, and nobody looks
+    drows_k, dG_k = drows, dG
+    if layout.PER > 1:
+        drows_k, dG_k = torch.empty_like(drows), torch.empty_like(dG)
+        anchor_vjp_kernel[(K * H,)](
+            call.k, call.v, call.w, call.b, c.rows, c.G, *at, M0, S0, x, r, danchor, dy_k, dk_part, drows_k, dG_k,
+            **flat,
+        )  # fmt: skip
     dk, dv = (part if part.dtype == call.k.dtype else torch.empty_like(call.k) for part in (dk_part, du))
     dends, dend = torch.empty_like(c.block_ends), torch.empty_like(c.block_end)
-    # not read where no chunks share a block
-    drows_k, dG_k = (drows, dG) if layout.PER == 1 else (torch.empty_like(drows), torch.empty_like(dG))
     key_vjp_kernel[(K * H,)](
-        call.k, call.v, call.w, call.b, c.rows, c.G, c.block_ends, call.anchor, *at, M0, S0, x, r, means,
-        dM, dS, danchor, dM0, dS0, dy_k, du, dk_part, dk, dv, dw, db, drows_k, dG_k, dends, dend, **tile,
+        call.k, call.v, call.w, call.b, c.block_ends, call.anchor, *at, M0, S0, x, r, means,
+        dM, dS, danchor, dM0, dS0, dy_k, du, dk_part, dk, dv, dw, db, dends, dend, **tile,
     )  # fmt: skip
     # make room for what the next kernel needs
     del dy_k, dM0, dS0

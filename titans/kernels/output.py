@@ -43,26 +43,6 @@ def load_lower(G, at, length, BC: tl.constexpr):
     return tl.load(G + at * BC * BC + (offs_t * BC + offs_j), mask=(offs_t < length) & (offs_j <= offs_t), other=0.0)
 
 
-@triton.jit
-def load_before(G, at, start, length, BC: tl.constexpr):
-    """G_sj of one block, s = start_t - 1, (BC, BC): zero where j > s and outside."""
-    offs_t = tl.arange(0, BC)[:, None]
-    offs_j = tl.arange(0, BC)[None, :]
-    start = start[:, None]
-    mask = (offs_t < length) & (offs_j < start)
-    return tl.load(G + at * BC * BC + ((start - 1) * BC + offs_j), mask=mask, other=0.0)
-
-
-@triton.jit
-def load_before_transposed(G, at, start, length, BC: tl.constexpr):
-    """What `load_before` loads, with j along the rows."""
-    offs_j = tl.arange(0, BC)[:, None]
-    offs_t = tl.arange(0, BC)[None, :]
-    start = start[None, :]
-    mask = (offs_t < length) & (offs_j < start)
-    return tl.load(G + at * BC * BC + ((start - 1) * BC + offs_j), mask=mask, other=0.0)
-
-
 @triton.jit(do_not_specialize=["T", "H", "C", "S", "slack", "PER"])
 def output_kernel(
     q, k, v, w, b, rows, G, M0, S0, x, r_norm, cu_seqlens, offset, sequence,
