@@ -14,12 +14,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from properties import checks, implementations, report
+from properties import campaign, checks, implementations, report
 from properties.implementations import BACKENDS, DEFAULT, devices
 from properties.problem import Problem
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SEEN = pytest.StashKey[list[report.Verdict]]()
+SHARD = pytest.StashKey[campaign.Shard | None]()
 SUBJECTS = pytest.StashKey[dict[str, checks.Implementation]]()
 
 # The first example of a process imports, compiles and warms up: no deadline, and slowness is no sign of ill health.
@@ -33,14 +34,28 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the options of the suite."""
+    share_failures()
     group = parser.getgroup("properties")
     group.addoption("--backends", default=DEFAULT, help=f"which of {','.join(BACKENDS)} to verify ({DEFAULT})")
     group.addoption("--impl", metavar="MODULE:CALLABLE", help="verify this instead of the backends")
     group.addoption("--impl-lacks", metavar="CLAIMS", help="what it does not claim, instead of what it says itself")
     group.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where the implementations run (cpu)")
+    group.addoption("--shard", metavar="I/N", help="check the I-th of N shares of the examples of a run")
     group.addoption("--replay", metavar="PROBLEM", help="run the selected laws on this problem alone: JSON or a file")
     group.addoption("--verdicts", metavar="FILE", type=Path, help="write the verdict on each law as JSON")
     group.addoption("--save-failures", action="store_true", help="write each failure's problem into fixtures/")
+
+
+def share_failures() -> None:
+    """Let the profiles that keep failures keep them where the environment says."""
+    try:
+        database = campaign.database()
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from error
+    if database:
+        for name in ("dev", "deep"):
+            settings.register_profile(name, settings.get_profile(name), **database)
+        settings.load_profile(settings.get_current_profile_name())
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -61,6 +76,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[SEEN] = []
     try:
         config.stash[SUBJECTS] = subjects(config)
+        config.stash[SHARD] = campaign.Shard.parse(text) if (text := config.getoption("--shard")) else None
     except ValueError as error:
         raise pytest.UsageError(str(error)) from error
 
@@ -108,12 +124,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Give the laws the problem to replay, and slow implementations fewer examples."""
-    problem = read_problem(config.getoption("--replay"))
+    problem, shard = read_problem(config.getoption("--replay")), config.stash[SHARD]
+    random_seed = int(config.getoption("--hypothesis-seed") or 0)
     for item in items:
         if isinstance(item, pytest.Function) and (law := checks.PROPERTIES.get(item.originalname)):
             share = item.callspec.params["implementation"].share
             if problem:
                 item.obj = checks.replay(law.law, problem)
+            elif shard:
+                item.obj = shard.test(law, share, random_seed)
             elif share != 1:
                 item.obj = law.test(share)
 

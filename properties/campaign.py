@@ -1,0 +1,74 @@
+"""Runs that are spread over several machines: shares of one stream of examples, and one database of failures."""
+
+import functools
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from hypothesis import Phase, given, seed, settings
+from hypothesis.database import ExampleDatabase
+
+from properties.checks import Implementation, Law, Property
+from properties.problem import Problem
+
+REDIS = "HYPOTHESIS_REDIS_URL"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One of `of` shares of a run, numbered from 1."""
+
+    number: int
+    of: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Shard":
+        """Read `i/n`, or raise ValueError."""
+        number, _, of = text.partition("/")
+        if not (number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
+            raise ValueError(f"a shard must be i/n with 1 <= i <= n, got {text!r}")
+        return cls(int(number), int(of))
+
+    def test(self, law: Property, share: float, random_seed: int) -> Law:
+        """Return a law as a test of this shard's problems.
+
+        Every shard draws every problem and passes over those of the others. What came before must not change what comes
+        next: nothing is taken from a database or steered by what was seen, and from the first failure on, when
+        Hypothesis shrinks it, each problem is this shard's.
+        """
+        drawn, failed = 0, False
+
+        @functools.wraps(law.law)
+        def shared(implementation: Implementation, problem: Problem) -> None:
+            nonlocal drawn, failed
+            drawn += 1
+            if not failed and drawn % self.of != self.number % self.of:
+                return
+            try:
+                law.law(implementation, problem)
+            except Exception:
+                failed = True
+                raise
+
+        whole = law.test(share)._hypothesis_internal_use_settings  # type: ignore[attr-defined]
+        phases = [phase for phase in whole.phases if phase not in (Phase.reuse, Phase.target)]
+        test = settings(whole, phases=phases)(given(problem=law.problems)(shared))
+        return test if whole.derandomize else seed(random_seed)(test)
+
+
+def database() -> dict[str, ExampleDatabase]:
+    """Return as a setting Hypothesis's database in the Redis server that the environment names, if it names one."""
+    url = os.environ.get(REDIS)
+    if not url:
+        return {}
+    try:
+        from hypothesis.extra.redis import RedisExampleDatabase
+        from redis import Redis
+    except ImportError as error:
+        raise ValueError(f"{REDIS} needs the package redis: {error}") from error
+    server: Any = Redis.from_url(url)
+    try:
+        server.ping()
+    except Exception as error:
+        raise ValueError(f"{REDIS} must name a Redis server that answers, got {url!r}: {error}") from error
+    return {"database": RedisExampleDatabase(server)}
