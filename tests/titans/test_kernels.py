@@ -2,6 +2,7 @@
 else in Triton's interpreter. `make properties` and the GPU runs go much further.
 """
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from properties import checks
 from properties.implementations import implementation
 from properties.problem import Problem
+from titans import chunk_titans_linear
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -37,3 +39,14 @@ def test_the_kernels_are_within_the_bound_of_the_oracle(problem: Problem, dtype:
     checks.TALLY.now = checks.Example()
     checks.check(implementation("triton", DEVICE), replace(problem, dtype=dtype))
     assert not checks.TALLY.now.unsure, "the bound is too wide to say anything"
+
+
+def test_log_gates_near_zero_add_up() -> None:
+    """Each a rounds to 1 or to 1 - 2^-24; what is left of M after many chunks is the sum of their logs."""
+    T, C, log_a = 512, 16, -3e-8
+    ones = torch.ones(1, T, 1, device=DEVICE)
+    q, M = torch.zeros(1, T, 1, 4, device=DEVICE), torch.ones(1, 1, 4, 4, device=DEVICE)
+    gates = (ones * -torch.inf, ones * log_a, -ones)
+    _, state = chunk_titans_linear(q, q, q, None, None, *gates, 1e-6, C, M, True, log_gates=True, backend="triton")
+    # M is rounded once in every chunk, and so is its factor
+    assert abs(state.M.double() - math.exp(T * log_a)).max() <= 2 * T // C * 2.0**-24

@@ -7,6 +7,16 @@ from titans.kernels.device import block_span, chunk_start, element, load_gates, 
 
 
 @triton.jit
+def near_one(product, log, inside):
+    """The product of some decays, from the sum of their logs where that is little.
+
+    Each of these decays rounds to 1 or close to it, and the same error in every token would add up along a sequence.
+    """
+    total = tl.sum(tl.where(inside, log, 0.0), 0)
+    return tl.where(total > -1, tl.exp(total), product)
+
+
+@triton.jit
 def store_end(end, at, beta, f, m):
     """Store beta_L, f_L and m_L."""
     tl.store(end + at * 3, beta)
@@ -24,6 +34,8 @@ def coefficients_kernel(
     RESUMED: tl.constexpr,
 ):  # fmt: skip
     """Eq. (7): n <- eta_t n, n_t = theta_t;  G <- a_t G + n;  the same for (m, f) and beta.
+
+    Logs of gates are summed for beta and m, which hand the state from block to block, where they sum up to little.
 
     Grid: (K H,), one warp each.
     Reads: gates.
@@ -50,6 +62,9 @@ def coefficients_kernel(
     beta, m, f = 1.0, 1.0, 0.0
     beta_c, m_c, f_c = 1.0, 1.0, 0.0
     betas, fs = n, n
+    if LOG:
+        log_a = tl.load(alpha + row + offs_j * H, mask=offs_j < length, other=0.0).to(tl.float32)
+        log_eta = tl.load(eta + row + offs_j * H, mask=offs_j < length, other=0.0).to(tl.float32)
     for t in range(length):
         a_t, eta_t = element(a, t, BC), element(eta_, t, BC)
         n = tl.where(offs_j == t, theta_, eta_t * n)
@@ -68,6 +83,8 @@ def coefficients_kernel(
             last = (t == length - 1) | (chunk_start(t + 1, r, C, i) != start)
             if last:
                 own = (offs_j >= start) & (offs_j <= t)
+                if LOG:
+                    beta_c, m_c = near_one(beta_c, log_a, own), near_one(m_c, log_eta, own)
                 tl.store(ends + pid * 2 * BC + offs_j, n, mask=own)
                 tl.store(ends + (pid * 2 + 1) * BC + offs_j, G_t, mask=own)
                 # a first chunk that the sequence resumed in is chunk 0 all the same
@@ -76,6 +93,10 @@ def coefficients_kernel(
             m_c, f_c, beta_c = tl.where(last, 1.0, m_c), tl.where(last, 0.0, f_c), tl.where(last, 1.0, beta_c)
     tl.store(block_ends + pid * 2 * BC + offs_j, n)
     tl.store(block_ends + (pid * 2 + 1) * BC + offs_j, G_t)
+    if LOG:
+        sums = tl.cumsum(log_a, 0)
+        betas = tl.where(sums > -1, tl.exp(sums), betas)
+        beta, m = near_one(beta, log_a, offs_j < length), near_one(m, log_eta, offs_j < length)
     store_end(block_end, pid, beta, f, m)
     tl.store(rows + pid * 2 * BC + offs_j, betas)
     tl.store(rows + (pid * 2 + 1) * BC + offs_j, fs)
