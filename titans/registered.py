@@ -7,6 +7,8 @@ when they are first needed: Triton exists on Linux only.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,11 +32,18 @@ def _tensors(count: int) -> str:
     return f"({', '.join(['Tensor'] * count)})"
 
 
+@contextmanager
+def _alone_with(q: Tensor) -> Iterator[None]:
+    """Launch on the device of `q`, whichever is current, and leave autocast outside."""
+    with torch.cuda.device(q.device if q.is_cuda else -1), torch.autocast(q.device.type, enabled=False):
+        yield
+
+
 @torch.library.custom_op("titans::chunked", mutates_args=(), schema=f"({_ARGUMENTS}) -> {_tensors(8)}")
 def chunked(*arguments: Any) -> tuple[Tensor, ...]:
     """Compute o, the final M, S and anchor, the M0 and S0 of every piece (K, H, D, D), and x and r for the kernels."""
     call, backend = Call(*arguments[:-1]).contiguous(), arguments[-1]
-    with torch.autocast(call.q.device.type, enabled=False):
+    with _alone_with(call.q):
         if backend == "triton":
             from titans import kernels
 
@@ -67,7 +76,7 @@ def chunked_backward(*arguments: Any) -> tuple[Tensor, ...]:
     call = Call(*fields).contiguous()
     do = torch.zeros_like(call.q) if do is None else do.contiguous()
     dM, dS, danchor = (torch.zeros_like(call.M) if d is None else d.contiguous() for d in (dM, dS, danchor))
-    with torch.autocast(call.q.device.type, enabled=False):
+    with _alone_with(call.q):
         if backend == "triton":
             from titans import kernels
 
@@ -107,7 +116,9 @@ def step(*arguments: Any) -> tuple[Tensor, ...]:
     """Compute o, and M, S, anchor and offset after it, for a call of one token, in one launch."""
     from titans.kernels.step import step as launch
 
-    return launch(Call(*arguments).contiguous())
+    call = Call(*arguments).contiguous()
+    with _alone_with(call.q):
+        return launch(call)
 
 
 @step.register_fake
