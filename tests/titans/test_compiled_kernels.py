@@ -42,14 +42,13 @@ def operands(kernel: dict[str, Any]) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("case", [*BFLOAT16, FLOAT32, FLOAT16], ids=str)
-def test_every_kernel_is_compiled(case: tuple[str, str, int]) -> None:
+def test_every_kernel_is_compiled() -> None:
     written = {
         name
         for path in (ROOT / "titans" / "kernels").glob("*.py")
         for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE)
     }
-    assert {kernel["name"] for kernel in kernels(*case)} == written
+    assert {kernel["name"] for case in BFLOAT16 for kernel in kernels(*case)} == written
 
 
 def test_full_float32_is_three_products_of_tf32_and_never_one() -> None:
