@@ -20,6 +20,7 @@ from torch import Tensor
 import oracle
 from oracle import Cotangents, Inputs, bounds
 from oracle.formats import context, exact
+from properties.isolation import DeviceLost, is_fatal
 from properties.problem import Problem
 
 Results = dict[str, Tensor]
@@ -229,6 +230,8 @@ def law(
             except Exception as error:
                 TALLY.fail(implementation, problem, error)
                 error.add_note(explanation(implementation, problem))
+                if is_fatal(error):
+                    raise DeviceLost from error
                 raise
             finally:
                 TALLY.close_example(problem)

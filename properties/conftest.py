@@ -1,5 +1,6 @@
 """Options, profiles, one test per law and implementation, and the summary of what was checked."""
 
+import argparse
 import json
 import os
 import platform
@@ -14,7 +15,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from properties import campaign, checks, implementations, report
+from properties import campaign, checks, implementations, isolation, report
 from properties.implementations import BACKENDS, DEFAULT, devices
 from properties.problem import Problem
 
@@ -43,6 +44,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--shard", metavar="I/N", help="check the I-th of N shares of the examples of a run")
     group.addoption("--replay", metavar="PROBLEM", help="run the selected laws on this problem alone: JSON or a file")
     group.addoption("--verdicts", metavar="FILE", type=Path, help="write the verdict on each law as JSON")
+    group.addoption("--reports-to", metavar="FILE", help=argparse.SUPPRESS)
     group.addoption("--save-failures", action="store_true", help="write each failure's problem into fixtures/")
 
 
@@ -74,11 +76,27 @@ def pytest_configure(config: pytest.Config) -> None:
     values = {name: config.getoption(name) for name in named}
     checks.OPTIONS[:] = [f"{name} {values[name]}" for name in named if values[name] != named[name]]
     config.stash[SEEN] = []
+    isolation.spread(config.getoption("--device"))
+    if reports := config.getoption("--reports-to"):
+        config.pluginmanager.register(isolation.Reporter(config, reports), "titans-reporter")
+    else:
+        config.pluginmanager.register(isolation.Isolation(repeated(config)), "titans-isolation")
     try:
         config.stash[SUBJECTS] = subjects(config)
         config.stash[SHARD] = campaign.Shard.parse(text) if (text := config.getoption("--shard")) else None
     except ValueError as error:
         raise pytest.UsageError(str(error)) from error
+
+
+def repeated(config: pytest.Config) -> list[str]:
+    """Return the options with which another process checks the same."""
+    options = [word for option in checks.OPTIONS for word in option.split(" ", 1)]
+    options += [f"--hypothesis-profile={settings.get_current_profile_name()}"]
+    for name in ("--hypothesis-seed", "--shard", "--replay"):
+        if (value := config.getoption(name)) is not None:
+            options += [name, str(value)]
+    plugins = [name for name in config.getoption("plugins") or () if not name.startswith("no:")]
+    return options + [word for name in plugins for word in ("-p", name)]
 
 
 def subjects(config: pytest.Config) -> dict[str, checks.Implementation]:

@@ -147,4 +147,7 @@ def final_state(final: Any) -> Any:
 
 def devices() -> str:
     """Name the devices there are."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu only"
+    if not torch.cuda.is_available():
+        return "cpu only"
+    count = torch.cuda.device_count()
+    return f"{count} x {torch.cuda.get_device_name()}" if count > 1 else torch.cuda.get_device_name()
