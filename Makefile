@@ -6,6 +6,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP_FLAGS ?=
 PYTEST_FLAGS ?=
+FAULTS_FLAGS ?=
 
 python := $(VENV)/bin/python
 pip := $(python) -m pip --disable-pip-version-check --quiet
@@ -15,10 +16,14 @@ peers := $(VENV)/.peers
 # One thread per worker: the workers share the cores.
 export OMP_NUM_THREADS = 1
 
-.PHONY: properties test lint format bench sanitize clean
+.PHONY: properties faults test lint format bench sanitize clean
 
 properties: $(ready)
 	$(python) -m pytest -n auto $(PYTEST_FLAGS) properties/
+
+# Plants one small fault after the other and asks which laws notice.
+faults: $(ready)
+	$(python) -m faults $(FAULTS_FLAGS)
 
 test: $(ready)
 	$(python) -m pytest -n auto $(PYTEST_FLAGS) tests/

@@ -121,10 +121,10 @@ class Property:
     needs: frozenset[str]
     share: float
 
-    def test(self, share: float = 1.0) -> Law:
-        """Return the law as a test of problems that Hypothesis invents."""
+    def test(self, share: float = 1.0, **options: Any) -> Law:
+        """Return the law as a test of problems that Hypothesis invents, with these settings."""
         examples = max(1, math.ceil(self.share * share * settings.default.max_examples))
-        return settings(max_examples=examples)(given(problem=self.problems)(self.law))
+        return settings(max_examples=examples, **options)(given(problem=self.problems)(self.law))
 
 
 # Every property by its test's name, so that fixtures and meta-tests can call it with what they like.

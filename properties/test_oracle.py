@@ -11,6 +11,19 @@ from properties.strategies import MILD_VALUES, explicit, gates, problems
 ENDS = ("0", "1", "2^-149", "2^-126", "2^-1", "1-2^-24")
 FADING = tuple(f"1-2^-{n}" for n in range(1, 25))
 
+HUGE = st.builds(
+    Problem,
+    lengths=st.sampled_from(((2,), (3,), (4,))),
+    D=st.integers(1, 4),
+    C=st.integers(4, 5),
+    H=st.integers(1, 2),
+    q=st.just("spike 70 0"),
+    k=st.just("spike 70 1"),
+    v=st.sampled_from(("random 0", "unit 0", "signs")),
+    theta=st.just("constant 2^-126"),
+    seed=st.integers(0, 2**16),
+)
+
 
 @law("5.1", "5.8", problems=problems(), share=3)
 def test_values_are_the_oracles(implementation: Implementation, problem: Problem) -> None:
@@ -37,7 +50,12 @@ def test_the_state_after_a_tail_is_that_of_the_definition(implementation: Implem
     check(implementation, replace(problem, lengths=lengths) if uneven else problem)
 
 
-@law("5.8", "4.1", problems=problems(unit_levels=ENDS, theta_levels=("0", "2^-1", "2^-149", "2^-126"), wild=False))
+@law(
+    "5.8",
+    "4.1",
+    problems=problems(unit_levels=ENDS, theta_levels=("0", "2^-1", "2^-149", "2^-126"), wild=False),
+    share=2,
+)
 def test_gates_at_the_ends_of_their_ranges_are_harmless(implementation: Implementation, problem: Problem) -> None:
     check(implementation, problem)
 
@@ -59,6 +77,12 @@ def test_rows_without_variance_are_harmless(implementation: Implementation, prob
 
 @law("5.9", problems=problems(alpha=gates(FADING), eta=gates(tuple(f"2^-{n}" for n in range(1, 80))), wild=False))
 def test_decays_that_underflow_give_what_is_representable(implementation: Implementation, problem: Problem) -> None:
+    check(implementation, problem)
+
+
+@law("5.4", "4.1", problems=HUGE, share=0.5)
+def test_huge_later_tokens_harm_nothing_earlier(implementation: Implementation, problem: Problem) -> None:
+    # Nothing overflows but the product of the first query and the second key, which no result contains.
     check(implementation, problem)
 
 

@@ -72,8 +72,10 @@ def test_any_layout_gives_the_same_bits_and_nothing_is_modified(
     implementation: Implementation, problem: Problem
 ) -> None:
     inputs, cotangents = problem.inputs(), problem.cotangents()
+    given, flowing = {name: bits(x) for name, x in tensors(inputs).items()}, bits(cotangents.o)
     plain = run(implementation, inputs, cotangents)
-    flowing = bits(cotangents.o)
+    for name, x in tensors(inputs).items():
+        expect(f"whether {name} is as it was", bits(x) == given[name], True)
     for layout in LAYOUTS:
         leaves = {name: layout(x.to(implementation.device)) for name, x in tensors(inputs).items()}
         before = {name: storage(x) for name, x in leaves.items()}

@@ -116,6 +116,18 @@ def test_what_is_not_finite_stays_in_its_sequence_and_head(implementation: Imple
     same({"o": clean["o"][row, chunk, h]}, {"o": dirty["o"][row, chunk, h]})
 
 
+@law("4.1", problems=split(problems(wild=False)))
+def test_what_is_not_finite_is_not_hidden(implementation: Implementation, problem: Problem) -> None:
+    n, h = problem.seed % problem.sequences, problem.seed % problem.H
+    if not problem.lengths[n]:
+        return
+    t = problem.splits[0] % problem.lengths[n]
+    row, begin, _ = problem.inputs().sequences[n]
+    # Every factor enters a product with the output of its own token, and 0 times infinity is NaN.
+    o = run(implementation, poisoned(problem, n, t, h))["o"][row, begin + t, h]
+    expect("whether the output of a token that is not finite is finite", bool(o.isfinite().all()), False)
+
+
 @law("4.1", problems=BOUNDED, share=2)
 def test_finite_inputs_give_finite_results(implementation: Implementation, problem: Problem) -> None:
     # However many chunks there are.

@@ -1,8 +1,13 @@
-"""Without a GPU the Triton kernels run in Triton's interpreter, which has to be known before they are imported."""
+"""What every run needs: without a GPU Triton's interpreter, known before kernels are imported; the mark of the laws."""
 
 import os
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "law(*sections, needs): the sections of SPEC.md a property comes from")

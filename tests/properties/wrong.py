@@ -186,6 +186,22 @@ class SpreadsNaN(Definition):
         return o + o.detach().sum() * 0, state
 
 
+class HidesNaN(Definition):
+    """What is not a number is called zero."""
+
+    def finish(self, o: Tensor, state: State, tensors: list[Tensor], wanted: bool) -> tuple[Tensor, State]:
+        return o.nan_to_num(), state
+
+
+class WholeProducts(Definition):
+    """All products of queries and keys are formed, and those with later keys meet a zero."""
+
+    def finish(self, o: Tensor, state: State, tensors: list[Tensor], wanted: bool) -> tuple[Tensor, State]:
+        q, k = (x.detach().movedim(1, -2).float() for x in tensors[:2])  # (B, H, T, D)
+        later = ((q @ k.mT).triu(1) * 0).sum(-1).movedim(-1, 1)
+        return o + later[..., None].to(o.dtype), state
+
+
 @dataclass
 class Unsteady(Definition):
     """The last bit of the outputs is another one in every other call."""

@@ -1,0 +1,140 @@
+"""Run the laws against every fault and print which of them notice: `python -m faults`."""
+
+import argparse
+import contextlib
+import importlib
+import io
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+# Triton looks at this when its kernels are imported.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import hypothesis
+import torch
+from hypothesis import Phase, settings
+
+from faults.catalogue import FAULTS
+from faults.plant import ROOT, Fault, plant
+from properties import checks
+from properties.conftest import COMMON
+from properties.implementations import implementation
+from properties.problem import Problem
+
+for path in sorted((ROOT / "properties").glob("test_*.py")):
+    importlib.import_module(f"properties.{path.stem}")
+
+
+@dataclass
+class Outcome:
+    """What the laws said of one fault.
+
+    Attributes
+    ----------
+    caught : dict of str: int
+        The laws that noticed, each with the examples it needed.
+    problem : str
+        The shrunken problem of the first of them.
+    """
+
+    fault: str
+    must: Sequence[str]
+    caught: dict[str, int] = field(default_factory=dict)
+    problem: str = ""
+    seconds: float = 0.0
+
+    @property
+    def missing(self) -> list[str]:
+        """The laws that should have noticed."""
+        return [law for law in self.must if law not in self.caught]
+
+
+def examples_needed(name: str, subject: checks.Implementation, seed: int, phases: Sequence[Phase]) -> int:
+    """Put an implementation before a law; return how many calls it took to fail, or 0 if it did not."""
+    # One failure is enough, and no database may know the answer from the last run.
+    test = checks.PROPERTIES[name].test(subject.share, phases=phases, database=None, report_multiple_bugs=False)
+    checks.TALLY.__init__()  # type: ignore[misc]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            hypothesis.seed(seed)(test)(subject)
+    except Exception:
+        # Only a law may fail here, not what runs it.
+        if not checks.TALLY.failing_call:
+            raise
+    return checks.TALLY.failing_call
+
+
+def examine(fault: Fault, seed: int, every_law: bool, shrink: bool) -> Outcome:
+    """Plant a fault in this process and ask the laws."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    settings.register_profile("faults", max_examples=50, **COMMON)
+    settings.load_profile("faults")
+    begin, outcome = time.monotonic(), Outcome(fault.name, fault.laws)
+    with tempfile.TemporaryDirectory() as folder:
+        plant(fault, Path(folder))
+        subject = implementation(fault.backend, "cpu")
+        named = [f"test_{law}" for law in fault.laws]
+        others = [name for name in checks.PROPERTIES if name not in named] if every_law else []
+        for name in named + others:
+            if checks.PROPERTIES[name].needs <= subject.claims and (
+                calls := examples_needed(name, subject, seed, [Phase.generate])
+            ):
+                outcome.caught[name.removeprefix("test_")] = calls
+        if outcome.caught and shrink:
+            first = min(outcome.caught, key=lambda law: (law not in fault.laws, outcome.caught[law]))
+            examples_needed(f"test_{first}", subject, seed, [Phase.generate, Phase.shrink])
+            if checks.TALLY.failing_problem:
+                outcome.problem = repr(Problem.from_json(checks.TALLY.failing_problem))
+    outcome.seconds = time.monotonic() - begin
+    return outcome
+
+
+def report(outcome: Outcome) -> str:
+    """Lay out one fault: what it is, the laws that noticed with the examples they needed, the smallest problem."""
+    verdict = "caught" if outcome.caught and not outcome.missing else "MISSED"
+    named = [f"{law} ({calls})" for law, calls in outcome.caught.items()]
+    lines = [f"{verdict}  {outcome.fault}  [{len(named)} laws, {outcome.seconds:.0f} s]"]
+    lines += [f"          {text}" for text in named]
+    lines += [f"          NOT by {law}" for law in outcome.missing]
+    lines += [f"          {outcome.problem}"] if outcome.problem else []
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Run as a command; the exit status is 1 if a law missed what it must notice."""
+    parser = argparse.ArgumentParser(prog="python -m faults", description=__doc__)
+    parser.add_argument("--select", default="", help="only faults whose name contains this")
+    parser.add_argument("--named", action="store_true", help="ask only the laws that must notice")
+    parser.add_argument("--no-shrink", action="store_true", help="do not look for the smallest problem")
+    parser.add_argument("--seed", type=int, default=0, help="of the generated examples (0)")
+    parser.add_argument("-n", type=int, default=len(os.sched_getaffinity(0)), help="processes (one per core)")
+    parser.add_argument("--json", type=Path, help="write the outcomes here, too")
+    options = parser.parse_args()
+    faults = [fault for fault in FAULTS if options.select in fault.name]
+    outcomes = []
+    # A fresh child for each: a fault is planted where the op has never been imported.
+    assert "titans" not in sys.modules
+    with multiprocessing.get_context("fork").Pool(options.n, maxtasksperchild=1) as pool:
+        how = (options.seed, not options.named, not options.no_shrink)
+        waiting = [pool.apply_async(examine, (fault, *how)) for fault in faults]
+        for result in waiting:
+            outcomes.append(result.get())
+            print(report(outcomes[-1]), flush=True)
+    missed = [x.fault for x in outcomes if x.missing or not x.caught]
+    print(f"{len(outcomes) - len(missed)} of {len(outcomes)} faults caught by every law that must; seed {options.seed}")
+    if options.json:
+        options.json.write_text(json.dumps([asdict(x) for x in outcomes], indent=1) + "\n")
+    return bool(missed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
