@@ -195,8 +195,9 @@ CALLS = (
     fault("an input changed in place", "op", "    M, S, anchor, offset = _initial_state(initial_state, N, q)",
           "    alpha.detach().clamp_(max=1 - 2**-11)\n"
           "    M, S, anchor, offset = _initial_state(initial_state, N, q)", LAYOUT, VALUES),
-    fault("sum in another order each time", "chunk", "(do * y_normed).sum((0, 2))",
-          "(do * y_normed)[:, :, __import__('random').sample(range(do.shape[2]), do.shape[2])].sum((0, 2))", SAME),
+    fault("sum in another order each time", "chunk", "dw_rows.sum(-2), db_rows.sum(-2)",
+          "dw_rows[..., __import__('random').sample(range(k.shape[-2]), k.shape[-2]), :].sum(-2), db_rows.sum(-2)",
+          SAME),
     fault("learning rate averaged over the batch", "chunk", "theta, a, eta = linear_gates(passed, call.log_gates)",
           "theta, a, eta = linear_gates(passed, call.log_gates); theta = theta / B", ALONE, VALUES),
     fault("NaN hidden", "chunk", "return x.pieces.scatter(o, call.q), M",
