@@ -196,9 +196,9 @@ def same(x: Sequence[Tensor], y: Sequence[Tensor]) -> bool:
 def assert_not_worse(name: str, dtype: torch.dtype, value: Tensor, model: Tensor, exact: Tensor) -> None:
     """Section 4.3 of SPEC.md for the worst row and for all rows together; a gate is a row of its own.
 
-    Of float32 the split into two tf32 loses next to nothing, so that sums make the errors; where the model's are rounded,
-    tensor cores truncate: twice the unit. Without this one row of one case is just beyond: S at D = 100, C = 33 with log
-    gates, 7.13e-7 against 7.09e-7.
+    The split of float32 into two tf32 loses next to nothing, so that sums make the errors; where the model's are
+    rounded, tensor cores truncate: twice the unit. Without this one row of one case is just beyond: S at D = 100,
+    C = 33 with log gates, 7.13e-7 against 7.09e-7.
     """
     width = 1 if exact.ndim == 3 else exact.shape[-1]
     unit = 2 if dtype == FP32 else 1
