@@ -392,3 +392,27 @@ def test_radii_grow_with_the_unit_roundoff() -> None:
     one, two = (gradient_radius(inputs, cotangents, x) for x in (FLOAT32, coarse))
     assert (two[0].o > one[0].o).all()
     assert (two[1].q > one[1].q).all()
+
+
+def test_terms_that_cancel_at_the_end_of_a_chunk_count_on_to_the_end_of_the_block() -> None:
+    """(B11): M_1 = M_0 + S_0 = 0 with nothing learned; M_2 = S_0 by chunks, M_0 + 2 S_0 from the block's start."""
+    one, zero = torch.ones(1, 2, 1, 1), torch.zeros(1, 2, 1)
+    inputs = oracle.Inputs(
+        one, one, one, None, None, zero, zero, torch.ones(1, 2, 1),
+        chunk_size=1, M=torch.ones(1, 1, 1, 1), S=-torch.ones(1, 1, 1, 1), anchor=torch.ones(1, 1, 1, 1), offset=(0,),
+    )  # fmt: skip
+    # as if operands were rounded so coarsely that nothing else counts
+    coarse = replace(FLOAT32, operand=2.0**-10)
+    chunk_by_chunk, in_one_block = (forward_radius(inputs, x).o for x in (coarse, replace(coarse, block=16)))
+    assert in_one_block[0, 0] == chunk_by_chunk[0, 0]
+    assert in_one_block[0, 1] - chunk_by_chunk[0, 1] == pytest.approx(4 * 2.0**-10 * 2, rel=0.1)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_blocks_never_narrow_a_radius(seed: int) -> None:
+    inputs, cotangents = problem(seed)
+    plain, blocks = (gradient_radius(inputs, cotangents, x) for x in (FLOAT32, replace(FLOAT32, block=16)))
+    for one, two in zip(plain, blocks, strict=True):
+        for field in fields(one):
+            if (narrow := getattr(one, field.name)) is not None:
+                assert (getattr(two, field.name) >= narrow).all(), field.name
