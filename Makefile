@@ -7,6 +7,7 @@ VENV ?= .venv
 PIP_FLAGS ?=
 PYTEST_FLAGS ?=
 FAULTS_FLAGS ?=
+SEEDS ?= 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20
 
 python := $(VENV)/bin/python
 pip := $(python) -m pip --disable-pip-version-check --quiet
@@ -16,7 +17,7 @@ peers := $(VENV)/.peers
 # One thread per worker: the workers share the cores.
 export OMP_NUM_THREADS = 1
 
-.PHONY: properties faults test lint format bench sanitize clean
+.PHONY: properties faults alarms test lint format bench sanitize clean
 
 properties: $(ready)
 	$(python) -m pytest -n auto $(PYTEST_FLAGS) properties/
@@ -24,6 +25,12 @@ properties: $(ready)
 # Plants one small fault after the other and asks which laws notice.
 faults: $(ready)
 	$(python) -m faults $(FAULTS_FLAGS)
+
+# The correct backends, with other examples each time: make alarms SEEDS="7 8" PYTEST_FLAGS="--backends chunk"
+alarms: $(ready)
+	for seed in $(SEEDS); do \
+		echo "seed $$seed"; $(python) -m pytest -q -n auto --hypothesis-seed=$$seed $(PYTEST_FLAGS) properties/ || exit; \
+	done
 
 test: $(ready)
 	$(python) -m pytest -n auto $(PYTEST_FLAGS) tests/

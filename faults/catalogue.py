@@ -198,6 +198,8 @@ CALLS = (
     fault("sum in another order each time", "chunk", "dw_rows.sum(-2), db_rows.sum(-2)",
           "dw_rows[..., __import__('random').sample(range(k.shape[-2]), k.shape[-2]), :].sum(-2), db_rows.sum(-2)",
           SAME),
+    fault("strides choose the order of sums", "registered", "Call(*arguments[:-1]).contiguous(), arguments[-1]",
+          "Call(*arguments[:-1]), arguments[-1]", LAYOUT),
     fault("learning rate averaged over the batch", "chunk", "theta, a, eta = linear_gates(passed, call.log_gates)",
           "theta, a, eta = linear_gates(passed, call.log_gates); theta = theta / B", ALONE, VALUES),
     fault("NaN hidden", "chunk", "return x.pieces.scatter(o, call.q), M",
