@@ -17,7 +17,7 @@ peers := $(VENV)/.peers
 # One thread per worker: the workers share the cores.
 export OMP_NUM_THREADS = 1
 
-.PHONY: properties faults alarms test lint format bench sanitize clean
+.PHONY: properties deep faults alarms test lint format bench sanitize clean
 
 properties: $(ready)
 	$(python) -m pytest -n auto $(PYTEST_FLAGS) properties/
@@ -31,6 +31,10 @@ alarms: $(ready)
 	for seed in $(SEEDS); do \
 		echo "seed $$seed"; $(python) -m pytest -q -n auto --hypothesis-seed=$$seed $(PYTEST_FLAGS) properties/ || exit; \
 	done
+
+# More than 20,000 examples of each backend; the interpreted kernels would take too long.
+deep: $(ready)
+	$(python) -m pytest -n auto --hypothesis-profile=deep --backends recurrent,chunk,log $(PYTEST_FLAGS) properties/
 
 test: $(ready)
 	$(python) -m pytest -n auto $(PYTEST_FLAGS) tests/

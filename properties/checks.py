@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import currently_in_test_context, given, settings, target
 from hypothesis.errors import HypothesisException
 from hypothesis.strategies import SearchStrategy
 from numpy.typing import NDArray
@@ -149,15 +149,17 @@ class Tally:
     result: str = ""
     problem: str = ""
     tightness: dict[str, float] = field(default_factory=dict)
+    worst: dict[str, tuple[float, str]] = field(default_factory=dict)
     failing_call: int = 0
     failing_problem: str = ""
     message: str = ""
     replay: str = ""
     now: "Example" = field(default_factory=lambda: Example())
+    last: "Example" = field(default_factory=lambda: Example())
 
-    def close_example(self, problem: Problem) -> None:
+    def close_example(self, law: str, problem: Problem) -> None:
         """Count the example that just ended, if the oracle was asked in it."""
-        now, self.now = self.now, Example()
+        now, self.now, self.last = self.now, Example(), self.now
         self.calls += 1
         self.examples += now.compared
         self.ill_conditioned += now.unsure
@@ -166,6 +168,9 @@ class Tally:
         self.error = max(self.error, now.error)
         if now.ratio > self.ratio:
             self.ratio, self.result, self.problem = now.ratio, now.result, problem.to_json()
+        key = f"{law} {problem.dtype}"
+        if now.error > self.worst.get(key, (0.0, ""))[0] and not now.unsure:
+            self.worst[key] = now.error, problem.to_json()
         for name, ratio in now.tightness.items():
             self.tightness[name] = max(ratio, self.tightness.get(name, 0.0))
 
@@ -177,7 +182,7 @@ class Tally:
 
     def facts(self) -> dict[str, Any]:
         """Return everything but the running example."""
-        return {name: value for name, value in vars(self).items() if name != "now"}
+        return {name: value for name, value in vars(self).items() if name not in ("now", "last")}
 
 
 @dataclass
@@ -223,6 +228,7 @@ def law(
             problem = problem.restricted(implementation.claims)
             try:
                 roomy(implementation, problem)
+                drive_to_the_worst()
             except HypothesisException:
                 raise
             except oracle.Unsettled:
@@ -234,13 +240,20 @@ def law(
                     raise DeviceLost from error
                 raise
             finally:
-                TALLY.close_example(problem)
+                TALLY.close_example(function.__name__, problem)
 
         found = Property(checked, problems, frozenset(needs), share)
         PROPERTIES[function.__name__] = found
         return pytest.mark.law(*numbers, needs=found.needs)(found.test())
 
     return decorate
+
+
+def drive_to_the_worst() -> None:
+    """Let a deep search look for the largest error / bound; in a short one that would only narrow what is tried."""
+    deep = settings.get_current_profile_name() == "deep"
+    if deep and currently_in_test_context() and math.isfinite(TALLY.now.ratio):
+        target(TALLY.now.ratio, label="error / bound")
 
 
 def with_room(function: Law) -> Law:
@@ -404,16 +417,29 @@ def check(implementation: Implementation, problem: Problem, gradients: bool = Tr
     """Compare everything that the implementation makes of a problem with the oracle's answer, and return it."""
     gradients = gradients and "backward" in implementation.claims
     inputs, cotangents = problem.inputs(), problem.cotangents() if gradients else None
-    results = run(implementation, inputs, cotangents)
-    compare(results, solved(problem, gradients), radii(implementation, inputs, cotangents))
-    return results
+    return check_against(solved(problem, gradients), implementation, inputs, cotangents)
 
 
 def check_inputs(implementation: Implementation, inputs: Inputs, cotangents: Cotangents | None) -> Results:
     """Do as `check`, for inputs that are not directly those of a problem."""
+    return check_against(truth(inputs, cotangents), implementation, inputs, cotangents)
+
+
+def check_against(
+    wanted: Truth, implementation: Implementation, inputs: Inputs, cotangents: Cotangents | None
+) -> Results:
+    """Compare everything that the implementation makes of some inputs with the oracle's answer, and return it."""
     results = run(implementation, inputs, cotangents)
-    compare(results, truth(inputs, cotangents), radii(implementation, inputs, cotangents))
+    TALLY.now.stage = stage(inputs)
+    compare(results, wanted, radii(implementation, inputs, cotangents))
     return results
+
+
+def stage(inputs: Inputs) -> str:
+    """Say whether a call is a piece, from a state that is exact, or several from end to end."""
+    pairs = zip(inputs.offsets, inputs.sequences, strict=True)
+    alone = all(start + end - begin <= inputs.chunk_size for start, (_, begin, end) in pairs)
+    return "piece" if alone else "end to end"
 
 
 def compare(results: Results, wanted: Truth, radius: Radii) -> None:
@@ -458,8 +484,7 @@ def compare_one(
     __tracebackhide__ = True
     size = nearest(np.abs(exactly))
     measurable = (radius < math.inf) & (actual.isfinite().numpy() | (not overflows))
-    unsure = is_unsure(actual.dtype, size, radius)
-    TALLY.now.unsure |= unsure
+    TALLY.now.unsure |= is_unsure(actual.dtype, size, radius)
     error = np.abs(exact(actual) - exactly)
     within = (error <= exact(radius)).astype(bool) | ~measurable
     far = np.where(measurable, nearest(error), 0)
@@ -477,7 +502,9 @@ def compare_one(
             f"    ratio  {ratio[worst]:.6g}\n"
             f"    dtype  {actual.dtype}, {(~within).sum()} of {within.size} elements are wrong"
         )
-    return float(ratio[worst]), 0.0 if unsure else in_ulps(float(far.max()), float(size.max()), actual.dtype)
+    # Next to nothing, or nothing: an ulp of it says nothing either.
+    clear = size.max() / 2 >= np.where(radius < math.inf, radius, 0).max()
+    return float(ratio[worst]), in_ulps(float(far.max()), float(size.max()), actual.dtype) if clear else 0.0
 
 
 def in_ulps(error: float, size: float, dtype: torch.dtype) -> float:

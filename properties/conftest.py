@@ -45,6 +45,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--replay", metavar="PROBLEM", help="run the selected laws on this problem alone: JSON or a file")
     group.addoption("--verdicts", metavar="FILE", type=Path, help="write the verdict on each law as JSON")
     group.addoption("--reports-to", metavar="FILE", help=argparse.SUPPRESS)
+    group.addoption("--update-ratchet", action="store_true", help="store the worst errors of this run")
     group.addoption("--save-failures", action="store_true", help="write each failure's problem into fixtures/")
 
 
@@ -177,6 +178,7 @@ def about(item: pytest.Item) -> dict[str, Any]:
     return {
         "law": item.name.partition("[")[0],
         "implementation": subject.name if subject else "",
+        "device": subject.device if subject else "",
         "sections": list(mark.args) if mark else [],
         "lacking": sorted(needs - subject.claims) if subject else [],
     }
@@ -188,7 +190,8 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
     checks.TALLY.__init__()  # type: ignore[misc]
     try:
         return (yield)
-    except Exception:
+    except Exception as error:
+        checks.TALLY.message = checks.TALLY.message or f"{type(error).__name__}: {error}"
         found = checks.TALLY.failing_problem
         if found and item.config.getoption("--save-failures") and "fixture" not in item.fixturenames:
             save(about(item)["law"], Problem.from_json(found), item.name)
@@ -228,7 +231,9 @@ def verdict(given: pytest.TestReport) -> report.Verdict | None:
     """Return the verdict that a report of pytest's amounts to."""
     failed = "fail" if given.when == "call" else "error"
     outcome = {"passed": "pass", "skipped": "not claimed", "failed": failed}[given.outcome]
-    return report.read(given.nodeid, outcome, given.user_properties)
+    # What a skipped test says that it lacks, where no claim is missing.
+    reason = (given.longrepr[2].removeprefix("Skipped: "),) if isinstance(given.longrepr, tuple) else ()
+    return report.read(given.nodeid, outcome, reason, given.user_properties)
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -239,7 +244,13 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Write the verdicts where a file was asked for; a worker leaves that to the controller."""
     path = session.config.getoption("--verdicts")
-    if path and not hasattr(session.config, "workerinput"):
+    if hasattr(session.config, "workerinput"):
+        return
+    if report.too_many_ill_conditioned(session.config.stash[SEEN]) and not session.exitstatus:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    if session.config.getoption("--update-ratchet"):
+        report.update_ratchet(session.config.stash[SEEN])
+    if path:
         report.write_json(path, session.config.stash[SEEN], {"about": pytest_report_header(session.config)})
 
 
@@ -251,3 +262,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     terminalreporter.section("verdicts")
     for line in (*report.table(seen), *report.failures(seen), *report.summary(seen)):
         terminalreporter.write_line(line)
+    if trouble := report.too_many_ill_conditioned(seen):
+        terminalreporter.write_line(f"FAIL: {trouble}", red=True)

@@ -9,7 +9,11 @@ from typing import Any
 
 # What a property of a test's report begins with; JUnit's XML has them too.
 PREFIX = "titans."
-REPLAYED = ("test_fixture",)
+REPLAYED = ("test_fixture", "test_ratchet")
+RATCHET = Path(__file__).parent / "ratchet.json"
+# The share of examples that may be ill-conditioned: they are drawn to be difficult, and 1 in 25 is.
+ILL_CONDITIONED = 0.1
+GATES = ("theta", "alpha", "eta")
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,7 @@ class Verdict:
     ----------
     test : str
         Its node id.
-    law, implementation : str
+    law, implementation, device : str
     verdict : {"pass", "fail", "not claimed", "error"}
         "error": the test did not get as far as its law.
     sections : tuple of str
@@ -37,7 +41,9 @@ class Verdict:
     result, problem : str
         The result that has the worst ratio, and the problem, as JSON.
     tightness : dict
-        The worst error / bound of each stage and result, by "stage result".
+        The worst error / bound of each stage and result, by "stage result"; in the ratchet, error / stored error.
+    worst : dict
+        The worst error in ulps with its problem, by "law dtype"; ill-conditioned examples left out.
     failing_call : int
         Which call failed first; 0: none.
     failing_problem, message, replay : str
@@ -48,6 +54,7 @@ class Verdict:
     law: str
     implementation: str
     verdict: str
+    device: str = "cpu"
     sections: tuple[str, ...] = ()
     lacking: tuple[str, ...] = ()
     calls: int = 0
@@ -60,6 +67,7 @@ class Verdict:
     result: str = ""
     problem: str = ""
     tightness: dict[str, float] = field(default_factory=dict)
+    worst: dict[str, tuple[float, str]] = field(default_factory=dict)
     failing_call: int = 0
     failing_problem: str = ""
     message: str = ""
@@ -71,12 +79,15 @@ def properties(facts: dict[str, Any]) -> list[tuple[str, Any]]:
     return [(PREFIX + name, fact) for name, fact in facts.items()]
 
 
-def read(test: str, outcome: str, user_properties: Iterable[tuple[str, Any]]) -> Verdict | None:
+def read(
+    test: str, outcome: str, lacking: tuple[str, ...], user_properties: Iterable[tuple[str, Any]]
+) -> Verdict | None:
     """Return the verdict in a report, if it is one on an implementation."""
     facts = {name.removeprefix(PREFIX): fact for name, fact in user_properties if name.startswith(PREFIX)}
     if not facts.get("implementation"):
         return None
     lists = {name: tuple(facts.get(name, ())) for name in ("sections", "lacking")}
+    lists["lacking"] = lists["lacking"] or lacking
     return Verdict(**facts | lists | {"test": test, "verdict": outcome})
 
 
@@ -145,11 +156,142 @@ def failures(verdicts: list[Verdict]) -> list[str]:
     return lines
 
 
+def too_many_ill_conditioned(verdicts: list[Verdict]) -> str:
+    """Say so where the bounds say nothing of more examples of an implementation than they may; below 100 it is luck."""
+    for name in dict.fromkeys(row.implementation for row in verdicts):
+        rows = [row for row in verdicts if row.implementation == name and row.law not in REPLAYED]
+        examples, unsure = sum(row.examples for row in rows), sum(row.ill_conditioned for row in rows)
+        if examples >= 100 and unsure > ILL_CONDITIONED * examples:
+            return f"{unsure} of the {examples} examples of {name} are ill-conditioned: the run says too little"
+    return ""
+
+
 def summary(verdicts: list[Verdict]) -> list[str]:
-    """Return how much was checked."""
-    generated = [verdict for verdict in verdicts if verdict.law not in REPLAYED]
+    """Return the verdicts of section 4 of `SPEC.md`, with numbers, and how much was checked."""
+    generated = [row for row in verdicts if row.law not in REPLAYED]
     examples, unsure = (sum(getattr(row, name) for row in generated) for name in ("examples", "ill_conditioned"))
     return [
+        *(f"  {line}" for section in (finite, bound, definition, ratchet, exact_regime) for line in section(verdicts)),
         f"{examples} generated examples checked against the oracle, {unsure} of them ill-conditioned "
-        f"(some radius above half of the largest exact value); {len(verdicts) - len(generated)} replays of fixtures"
+        f"(some radius above half of the largest exact value); {len(verdicts) - len(generated)} replays",
     ]
+
+
+def outcome(verdicts: list[Verdict]) -> str:
+    """Return one word for some verdicts."""
+    given = {row.verdict for row in verdicts}
+    return "FAIL" if given & {"fail", "error"} else "pass" if "pass" in given else "not checked"
+
+
+def of_section(verdicts: list[Verdict], section: str) -> list[Verdict]:
+    """Return the verdicts on the laws of a section."""
+    return [row for row in verdicts if section in row.sections]
+
+
+def finite(verdicts: list[Verdict]) -> list[str]:
+    """Section 4.1."""
+    laws, numbers = of_section(verdicts, "4.1"), sum(row.finite for row in verdicts)
+    return [f"4.1 finite: {outcome(laws)}; {numbers} examples had to be finite in every number"]
+
+
+def bound(verdicts: list[Verdict]) -> list[str]:
+    """Section 4.2: never exceeded, and how far above the errors seen."""
+    compared = [row for row in verdicts if row.examples or row.verdict in ("fail", "error")]
+    lines = [f"4.2 bound: {outcome(compared)}; bound / worst error seen is that of each stage's loosest result"]
+    names = list(dict.fromkeys(row.implementation for row in compared))
+    lines.append(f"    {'':28}" + "".join(f"{name:>16}" for name in names))
+    rows = {name: [row for row in compared if row.implementation == name] for name in names}
+    for title, fact in (("examples", "examples"), ("ill-conditioned", "ill_conditioned")):
+        counts = (sum(getattr(row, fact) for row in rows[name] if row.law not in REPLAYED) for name in names)
+        lines.append(f"    {title:28}" + "".join(f"{count:16}" for count in counts))
+    for title, (stage, results, aim) in STAGES.items():
+        cells = [slack(rows[name], stage, results) for name in names]
+        if any(cells):
+            lines.append(f"    {title:28}" + "".join(f"{cell:>16}" for cell in cells) + f"   aim {aim}")
+    return lines
+
+
+# By the name of a row: the stage and the results in it, and how many times the errors seen a bound may be.
+VALUES = ("o", "M", "S", "anchor")
+STAGES: dict[str, tuple[str, tuple[str, ...], int]] = {
+    "coefficients": ("coefficients", ("coefficients", "momentum"), 30),
+    "state of a piece": ("piece", ("M", "S"), 30),
+    "output of a piece": ("piece", ("o",), 30),
+    "gradients of a piece": ("piece", tuple(f"d{x}" for x in ("q", "k", "v", "w", "b", *GATES, "M", "S")), 30),
+    "values, end to end": ("end to end", VALUES[:3], 1000),
+    "gradients, end to end": ("end to end", tuple(f"d{x}" for x in ("q", "k", "v", "w", "b", *GATES, "M", "S")), 1000),
+}
+
+
+def slack(rows: list[Verdict], stage: str, results: tuple[str, ...]) -> str:
+    """Return how many times the worst error the bound is, for the loosest result of a stage."""
+    worst: dict[str, float] = {}
+    for row in rows:
+        for name in results:
+            if (ratio := row.tightness.get(f"{stage} {name}", 0.0)) > 0:
+                worst[name] = max(ratio, worst.get(name, 0.0))
+    if not worst:
+        return ""
+    loosest = min(worst, key=lambda name: worst[name])
+    return f"{1 / worst[loosest]:.1f} {loosest}"
+
+
+def definition(verdicts: list[Verdict]) -> list[str]:
+    """Section 4.3."""
+    laws = of_section(verdicts, "4.3")
+    names = (f"{row.implementation} {2 * row.ratio:.2f}x" for row in laws if row.examples)
+    return [f"4.3 not worse than 2x the definition: {outcome(laws)}; at most {', '.join(names) or 'nothing'}"]
+
+
+def ratchet(verdicts: list[Verdict]) -> list[str]:
+    """Section 4.4."""
+    laws = of_section(verdicts, "4.4")
+    now = [ratio for row in laws for name, ratio in row.tightness.items() if name.startswith("ratchet ")]
+    stored = read_ratchet()
+    worse = sum(
+        error > stored.get(subject(row.implementation, row.device), {}).get(key, (0.0, ""))[0]
+        for row in verdicts
+        for key, (error, _) in row.worst.items()
+    )
+    better = sum(ratio < 1 for ratio in now)
+    return [
+        f"4.4 ratchet: {outcome(laws)}; {len(now)} worst cases replayed, at most {max(now, default=0):.2f}x the stored "
+        f"error; {better} better, {worse} worse cases seen elsewhere (--update-ratchet stores them)"
+    ]
+
+
+def exact_regime(verdicts: list[Verdict]) -> list[str]:
+    """Section 4.5."""
+    laws = of_section(verdicts, "4.5")
+    numbers = (f"{row.implementation} {row.exact}" for row in laws if row.verdict != "not claimed")
+    return [f"4.5 exact regime: {outcome(laws)}; examples right in every bit: {', '.join(numbers)}"]
+
+
+def subject(implementation: str, device: str) -> str:
+    """Return the name under which the worst cases of an implementation are stored."""
+    return implementation if device == "cpu" else f"{implementation} on {device}"
+
+
+def read_ratchet() -> dict[str, dict[str, tuple[float, str]]]:
+    """Return the stored worst cases: error in ulps and problem, by implementation and "law dtype"."""
+    stored = json.loads(RATCHET.read_text()) if RATCHET.exists() else {}
+    return {
+        name: {key: (x["error"], json.dumps(x["problem"])) for key, x in cases.items()}
+        for name, cases in stored.items()
+    }
+
+
+def update_ratchet(verdicts: list[Verdict]) -> None:
+    """Store the worst cases of this run, the replayed ones as they are now, in place of what it saw again."""
+    stored, seen = read_ratchet(), {}
+    for row in verdicts:
+        cases = seen.setdefault(subject(row.implementation, row.device), {})
+        for key, (error, problem) in row.worst.items():
+            cases[key] = max(cases.get(key, (0.0, "")), (error, problem))
+    for name, cases in seen.items():
+        stored[name] = stored.get(name, {}) | cases
+    content = {
+        name: {key: {"error": error, "problem": json.loads(problem)} for key, (error, problem) in sorted(cases.items())}
+        for name, cases in sorted(stored.items())
+    }
+    RATCHET.write_text(json.dumps(content, separators=(",", ":")).replace('"test_', '\n"test_') + "\n")

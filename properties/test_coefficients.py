@@ -10,7 +10,7 @@ import oracle
 from oracle import Inputs, bounds
 from oracle.coefficients import Coefficients
 from oracle.formats import doubles
-from properties.checks import Implementation, compare, law, run
+from properties.checks import TALLY, Implementation, compare, law, run
 from properties.problem import Problem
 from properties.strategies import problems
 
@@ -58,6 +58,7 @@ def test_every_coefficient_has_a_few_roundings(implementation: Implementation, p
         final = np.concatenate([2 * exact.n[-1], [exact.m[-1]]]), np.concatenate([2 * radius.n[-1], [radius.m[-1]]])
         diagonal = results["S"][0, h].diagonal()
         momentum = torch.cat([diagonal[: problem.tokens], diagonal[-1:]])
+        TALLY.now.stage = "coefficients"
         compare(
             {"coefficients": results["o"][0, :, h], "momentum": momentum},
             {"coefficients": table(exact), "momentum": final[0]},

@@ -7,6 +7,7 @@ import pytest
 
 # Importing the laws registers them.
 from properties import (  # noqa: F401
+    test_accuracy,
     test_closed_forms,
     test_coefficients,
     test_oracle,

@@ -10,8 +10,8 @@ from properties.implementations import OPTIONAL, foreign
 from tests.properties.adapted import OUTPUTS_ALONE
 from tests.properties.test_laws import ROOT, run_suite
 
-QUICK = ("-k", "not fixture and not long_sequences")
-LAWS = {name: law for name, law in PROPERTIES.items() if "long_sequences" not in name}
+QUICK = ("-k", "not fixture and not ratchet and not long_sequences and not thousands")
+LAWS = {name: law for name, law in PROPERTIES.items() if "long_sequences" not in name and "thousands" not in name}
 
 
 @pytest.mark.parametrize(

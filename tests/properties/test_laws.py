@@ -35,6 +35,9 @@ CATCHES: dict[str, type[Definition]] = {
     "test_any_small_numbers_give_the_oracles_results": wrong.UndividedLayerNorm,
     "test_long_sequences_of_a_plain_memory_are_the_recurrence": wrong.NoMomentumAcrossChunks,
     "test_every_coefficient_has_a_few_roundings": wrong.GatesInHalf,
+    "test_every_chunk_is_right_from_the_oracles_own_state": wrong.LateAnchor,
+    "test_a_plain_memory_is_right_for_thousands_of_tokens": wrong.NoMomentumAcrossChunks,
+    "test_errors_are_at_most_twice_those_of_the_definition": wrong.Sloppy,
     "test_splitting_a_sequence_changes_nothing": wrong.ForgetsOffset,
     "test_splitting_into_single_tokens_changes_nothing": wrong.ForgetsOffset,
     "test_decoding_step_by_step_changes_nothing": wrong.ForgetsOffset,
@@ -82,7 +85,8 @@ def test_every_law_has_a_mistake_to_catch() -> None:
 
 @pytest.mark.parametrize("law", CATCHES)
 def test_the_definition_obeys(law: str) -> None:
-    examine(law, Definition(), examples=4)
+    # Thousands of tokens, one by one, are enough once.
+    examine(law, Definition(), examples=4 if PROPERTIES[law].share > 0.1 else 1)
 
 
 @pytest.mark.parametrize(("law", "mistake"), CATCHES.items(), ids=lambda x: x if isinstance(x, str) else x.__name__)

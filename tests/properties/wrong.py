@@ -213,6 +213,13 @@ class Unsteady(Definition):
         return o * (1 + 2 * torch.finfo(o.dtype).eps * (self.calls % 2)), state
 
 
+class Sloppy(Definition):
+    """The outputs are off by some units in the last place."""
+
+    def finish(self, o: Tensor, state: State, tensors: list[Tensor], wanted: bool) -> tuple[Tensor, State]:
+        return o * (1 + 64 * torch.finfo(o.dtype).eps), state
+
+
 class Uninitialised(Definition):
     """Memory that nobody wrote is added times zero."""
 
