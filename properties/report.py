@@ -157,11 +157,11 @@ def failures(verdicts: list[Verdict]) -> list[str]:
 
 
 def too_many_ill_conditioned(verdicts: list[Verdict]) -> str:
-    """Say so where the bounds say nothing of more examples of an implementation than they may; below 100 it is luck."""
+    """Say so where the bounds say nothing of too many examples of an implementation; of less than 1000 it is luck."""
     for name in dict.fromkeys(row.implementation for row in verdicts):
         rows = [row for row in verdicts if row.implementation == name and row.law not in REPLAYED]
         examples, unsure = sum(row.examples for row in rows), sum(row.ill_conditioned for row in rows)
-        if examples >= 100 and unsure > ILL_CONDITIONED * examples:
+        if examples >= 1000 and unsure > ILL_CONDITIONED * examples:
             return f"{unsure} of the {examples} examples of {name} are ill-conditioned: the run says too little"
     return ""
 

@@ -54,9 +54,9 @@ def test_the_stored_cases_are_problems() -> None:
             Problem.from_json(problem)
 
 
-@pytest.mark.parametrize(("unsure", "too_many"), [(20, False), (21, True)])
+@pytest.mark.parametrize(("unsure", "too_many"), [(200, False), (201, True)])
 def test_a_run_says_too_little_where_a_tenth_is_ill_conditioned(unsure: int, too_many: bool) -> None:
-    rows = [Verdict("", LAW, "chunk", "pass", examples=100, ill_conditioned=n) for n in (unsure, 0)]
+    rows = [Verdict("", LAW, "chunk", "pass", examples=1000, ill_conditioned=n) for n in (unsure, 0)]
     assert bool(report.too_many_ill_conditioned(rows)) == too_many
 
 
