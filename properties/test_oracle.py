@@ -70,6 +70,7 @@ def test_gates_at_the_ends_of_their_ranges_are_harmless(implementation: Implemen
         wild=False,
         most=4,
     ),
+    needs=["normalised"],
 )
 def test_rows_without_variance_are_harmless(implementation: Implementation, problem: Problem) -> None:
     check(implementation, problem)

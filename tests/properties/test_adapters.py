@@ -1,4 +1,4 @@
-"""The defects of `fla.ops.titans` in section 1 of SPEC.md, each on the smallest problem that the suite found."""
+"""What the suite says of other people's implementations: all they claim holds, or what it found is found again."""
 
 import importlib.util
 import re
@@ -8,9 +8,13 @@ import pytest
 from properties.problem import Problem
 from tests.properties.test_laws import run_suite
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("fla") is None, reason="fla-core is not installed: pip install --group peers"
-)
+
+def needs(package: str) -> pytest.MarkDecorator:
+    """Skip where a package is missing."""
+    missing = importlib.util.find_spec(package) is None
+    return pytest.mark.skipif(missing, reason=f"{package} is not installed: pip install --group peers")
+
+
 LAWS = {
     "values": "properties/test_oracle.py::test_values_are_the_oracles",
     "tail": "properties/test_closed_forms.py::test_the_state_after_a_tail_without_learning_has_decayed_so_far",
@@ -25,11 +29,19 @@ STRONG = {"alpha": "random 1-2^-4 1-2^-8", "lengths": (64,), "C": 64}
 WRONG = r"{}\[0, 0, 0, 0\] is wrong"
 
 
+@needs("titans_pytorch")
+def test_the_memory_of_titans_pytorch_is_the_plain_memory() -> None:
+    target = "properties.adapters.titans_pytorch:neural_memory"
+    output = run_suite(LAWS["values"], LAWS["finite"], "--impl", target, "--hypothesis-profile=smoke")
+    assert "2 passed" in output
+
+
 def still(**fields: object) -> Problem:
     """A memory that learns nothing."""
     return Problem(**{"memory": "normalised", "initial": "M", "theta": "constant 0", **fields})  # type: ignore[arg-type]
 
 
+@needs("fla")
 @pytest.mark.parametrize(
     ("form", "law", "problem", "message"),
     [
@@ -43,7 +55,8 @@ def still(**fields: object) -> Problem:
         ("chunk_titans_linear_in_linear_space", "decay", still(**STRONG), r"M\[.*\] is wrong\n.*\n.*actual nan"),
     ],
 )
-def test_a_known_defect_is_found(form: str, law: str, problem: Problem, message: str) -> None:
+def test_a_known_defect_of_fla_is_found(form: str, law: str, problem: Problem, message: str) -> None:
+    # Section 1 of SPEC.md lists them; these are the smallest problems that Hypothesis found.
     lacks = ("--impl-lacks", "plain,varlen,log_gates,offset") if problem.dtype == "float64" else ()
     target = f"properties.adapters.fla:{form}"
     output = run_suite(LAWS[law], "--impl", target, *lacks, "--replay", problem.to_json(), fails=1)
