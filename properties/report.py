@@ -199,15 +199,15 @@ def bound(verdicts: list[Verdict]) -> list[str]:
     compared = [row for row in verdicts if row.examples or row.verdict in ("fail", "error")]
     lines = [f"4.2 bound: {outcome(compared)}; bound / worst error seen is that of each stage's loosest result"]
     names = list(dict.fromkeys(row.implementation for row in compared))
-    lines.append(f"    {'':28}" + "".join(f"{name:>16}" for name in names))
+    lines.append(f"    {'':28}" + "".join(f"{name:>20}" for name in names))
     rows = {name: [row for row in compared if row.implementation == name] for name in names}
     for title, fact in (("examples", "examples"), ("ill-conditioned", "ill_conditioned")):
         counts = (sum(getattr(row, fact) for row in rows[name] if row.law not in REPLAYED) for name in names)
-        lines.append(f"    {title:28}" + "".join(f"{count:16}" for count in counts))
+        lines.append(f"    {title:28}" + "".join(f"{count:20}" for count in counts))
     for title, (stage, results, aim) in STAGES.items():
         cells = [slack(rows[name], stage, results) for name in names]
         if any(cells):
-            lines.append(f"    {title:28}" + "".join(f"{cell:>16}" for cell in cells) + f"   aim {aim}")
+            lines.append(f"    {title:28}" + "".join(f"{cell:>20}" for cell in cells) + f"   aim {aim}")
     return lines
 
 

@@ -9,6 +9,8 @@ from properties.problem import Problem
 
 # What "no longer as accurate" means, in SPEC.md.
 WORSE = 4
+# A result that is rounded once may be so far off, in ulps, and on another machine will be.
+ONE_ROUNDING = 0.5
 
 
 @pytest.mark.law("4.4", needs=frozenset())
@@ -21,5 +23,5 @@ def test_ratchet(implementation: Implementation) -> None:
         PROPERTIES[law].law(implementation, Problem.from_json(problem))
         now = TALLY.last.error
         TALLY.tightness[f"ratchet {key}"] = now / error
-        if now > WORSE * error:
+        if now > WORSE * max(error, ONE_ROUNDING):
             raise LawBroken(f"{key}: the error was {error:.6g} ulp and is {now:.6g} ulp, of {problem}")
