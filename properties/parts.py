@@ -83,12 +83,18 @@ def resumed(inputs: Inputs, state: Results) -> Inputs:
 
 
 def chain(implementation: Implementation, inputs: Inputs, cotangents: Cotangents, splits: Sequence[int]) -> Results:
-    """Run a call in pieces, each resumed from the last, and differentiate through all of them at once; as `run`."""
-    given = tensors(inputs).items()
-    leaves = {name: x.detach().to(implementation.device).requires_grad_() for name, x in given}
+    """Run a call in pieces, each resumed from the last, and differentiate through all of them at once; as `run`.
+
+    Every piece has w and b of its own, so that `dw` and `db` have one more axis: what each of them gave.
+    """
+    given, cuts = tensors(inputs), spans(inputs.q.shape[1], splits)
+    weights = [name for name in ("w", "b") if name in given]
+    given |= {name: given[name].expand(len(cuts), -1, -1) for name in weights}
+    leaves = {name: x.detach().to(implementation.device).requires_grad_() for name, x in given.items()}
     state, o = None, []
-    for span in spans(inputs.q.shape[1], splits):
+    for i, span in enumerate(cuts):
         part, now = piece(inputs, span), leaves | {name: leaves[name][:, span] for name in TOKENS}
+        now |= {name: leaves[name][i] for name in weights}
         if state is not None:
             part, now = resumed(part, state), now | {name: state[name] for name in {*STATE} & {*state}}
         outputs = call(implementation, part, now)
