@@ -411,6 +411,30 @@ def test_terms_that_cancel_at_the_end_of_a_chunk_count_on_to_the_end_of_the_bloc
     assert (in_one_block - chunk_by_chunk)[0, 1].item() >= 4 * coarse.operand * (2 - 2 * after_one)
 
 
+@pytest.mark.parametrize(("name", "do", "dM", "dS"), [("M", 1, -1, 0), ("S", 0, 1, -1)])
+def test_cotangents_that_cancel_at_the_start_of_a_chunk_count_on_to_the_start_of_the_block(
+    name: str, do: float, dM: float, dS: float
+) -> None:
+    """(B11), backwards: with nothing learned or forgotten dM_1 = dM + do, or dS_1 = dM + dS, which is 0."""
+    one, zero = torch.ones(1, 2, 1, 1), torch.zeros(1, 2, 1)
+    inputs = oracle.Inputs(
+        one, one, one, None, None, zero, zero, torch.ones(1, 2, 1),
+        chunk_size=1, M=torch.ones(1, 1, 1, 1), S=torch.ones(1, 1, 1, 1), anchor=torch.ones(1, 1, 1, 1), offset=(0,),
+    )  # fmt: skip
+    flowing = torch.tensor([0.0, do]).reshape(1, 2, 1, 1)  # from o_2 alone
+    cotangents = oracle.Cotangents(flowing, *(torch.full((1, 1, 1, 1), float(x)) for x in (dM, dS)))
+    coarse = replace(FLOAT32, operand=2.0**-10)
+
+    def radius(arithmetic: Arithmetic, last: int = 2) -> float:
+        tokens = {x: getattr(inputs, x)[:, :last] for x in ("q", "k", "v", "theta", "alpha", "eta")}
+        given = replace(cotangents, o=flowing[:, 2 - last :])
+        return float(getattr(gradient_radius(replace(inputs, **tokens), given, arithmetic)[1], name).item())
+
+    # as in the test before, of the cotangents that the second token alone leaves
+    after_one = radius(coarse, last=1)
+    assert radius(replace(coarse, block=16)) - radius(coarse) >= 4 * coarse.operand * (2 - 2 * after_one)
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_blocks_never_narrow_a_radius(seed: int) -> None:
     inputs, cotangents = problem(seed)
