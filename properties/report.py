@@ -239,8 +239,8 @@ def slack(rows: list[Verdict], stage: str, results: tuple[str, ...]) -> str:
 def definition(verdicts: list[Verdict]) -> list[str]:
     """Section 4.3."""
     laws = of_section(verdicts, "4.3")
-    names = (f"{row.implementation} {2 * row.ratio:.2f}x" for row in laws if row.examples)
-    return [f"4.3 not worse than 2x the definition: {outcome(laws)}; at most {', '.join(names) or 'nothing'}"]
+    shares = ", ".join(f"{row.implementation} {row.ratio:.0%}" for row in laws if row.examples)
+    return [f"4.3 not worse than 2x the definition: {outcome(laws)}; heads that were, at most: {shares or 'none seen'}"]
 
 
 def ratchet(verdicts: list[Verdict]) -> list[str]:
