@@ -11,8 +11,8 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 # Triton looks at this when its kernels are imported.
@@ -22,13 +22,16 @@ import hypothesis
 import torch
 from hypothesis import Phase, settings
 
+from faults.answers import keep_answers
 from faults.catalogue import FAULTS
 from faults.plant import ROOT, Fault, plant
 from properties import checks
 from properties.conftest import COMMON
-from properties.implementations import implementation
+from properties.implementations import implementation, share_of
 from properties.problem import Problem
 
+# No database may know the answer from the last run.
+settings.register_profile("faults", max_examples=50, database=None, **COMMON)
 for path in sorted((ROOT / "properties").glob("test_*.py")):
     importlib.import_module(f"properties.{path.stem}")
 
@@ -57,43 +60,65 @@ class Outcome:
         return [law for law in self.must if law not in self.caught]
 
 
-def examples_needed(name: str, subject: checks.Implementation, seed: int, phases: Sequence[Phase]) -> int:
-    """Put an implementation before a law; return how many calls it took to fail, or 0 if it did not."""
-    # One failure is enough, and no database may know the answer from the last run.
-    test = checks.PROPERTIES[name].test(subject.share, phases=phases, database=None, report_multiple_bugs=False)
+def questions(fault: Fault, named: bool) -> list[tuple[str, float]]:
+    """Return the laws to ask about a fault, those that must notice first, each with its share of the examples."""
+    first = [f"test_{law}" for law in fault.laws]
+    others = [] if named else [name for name in checks.PROPERTIES if name not in first]
+    return [(name, share_of(fault.backend, "cpu")) for name in first + others]
+
+
+def draw(name: str, share: float, seed: int) -> list[Problem]:
+    """Return the problems that a law would be asked about, in their order; they depend on nothing that is verified."""
+    drawn: list[Problem] = []
+
+    def collect(implementation: None, problem: Problem) -> None:
+        drawn.append(problem)
+
+    settings.load_profile("faults")
+    hypothesis.seed(seed)(replace(checks.PROPERTIES[name], law=collect).test(share, phases=[Phase.generate]))(None)
+    return drawn
+
+
+def examples_needed(name: str, subject: checks.Implementation, problems: Sequence[Problem]) -> int:
+    """Put an implementation before a law; return how many problems it took to fail, or 0 if it did not."""
     checks.TALLY.__init__()  # type: ignore[misc]
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            hypothesis.seed(seed)(test)(subject)
-    except Exception:
-        # Only a law may fail here, not what runs it.
-        if not checks.TALLY.failing_call:
-            raise
+    for problem in problems:
+        try:
+            checks.PROPERTIES[name].law(subject, problem)
+        except Exception:
+            # Only a law may fail here, not what runs it.
+            if not checks.TALLY.failing_call:
+                raise
+            break
     return checks.TALLY.failing_call
 
 
-def examine(fault: Fault, seed: int, every_law: bool, shrink: bool) -> Outcome:
-    """Plant a fault in this process and ask the laws."""
+def smallest_problem(name: str, subject: checks.Implementation, seed: int) -> str:
+    """Let Hypothesis look for the smallest problem with which an implementation breaks a law."""
+    phases = [Phase.generate, Phase.shrink]
+    test = checks.PROPERTIES[name].test(subject.share, phases=phases, report_multiple_bugs=False)
+    checks.TALLY.__init__()  # type: ignore[misc]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Exception):
+        hypothesis.seed(seed)(test)(subject)
+    problem = checks.TALLY.failing_problem
+    return repr(Problem.from_json(problem)) if problem else ""
+
+
+def examine(fault: Fault, asked: Mapping[str, Sequence[Problem]], seed: int, shrink: bool) -> Outcome:
+    """Plant a fault in this process and ask the laws, each about its problems."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    settings.register_profile("faults", max_examples=50, **COMMON)
     settings.load_profile("faults")
     begin, outcome = time.monotonic(), Outcome(fault.name, fault.laws)
     with tempfile.TemporaryDirectory() as folder:
         plant(fault, Path(folder))
         subject = implementation(fault.backend, "cpu")
-        named = [f"test_{law}" for law in fault.laws]
-        others = [name for name in checks.PROPERTIES if name not in named] if every_law else []
-        for name in named + others:
-            if checks.PROPERTIES[name].needs <= subject.claims and (
-                calls := examples_needed(name, subject, seed, [Phase.generate])
-            ):
+        for name, problems in asked.items():
+            if checks.PROPERTIES[name].needs <= subject.claims and (calls := examples_needed(name, subject, problems)):
                 outcome.caught[name.removeprefix("test_")] = calls
         if outcome.caught and shrink:
             first = min(outcome.caught, key=lambda law: (law not in fault.laws, outcome.caught[law]))
-            examples_needed(f"test_{first}", subject, seed, [Phase.generate, Phase.shrink])
-            if checks.TALLY.failing_problem:
-                outcome.problem = repr(Problem.from_json(checks.TALLY.failing_problem))
+            outcome.problem = smallest_problem(f"test_{first}", subject, seed)
     outcome.seconds = time.monotonic() - begin
     return outcome
 
@@ -123,9 +148,15 @@ def main() -> int:
     outcomes = []
     # A fresh child for each: a fault is planted where the op has never been imported.
     assert "titans" not in sys.modules
-    with multiprocessing.get_context("fork").Pool(options.n, maxtasksperchild=1) as pool:
-        how = (options.seed, not options.named, not options.no_shrink)
-        waiting = [pool.apply_async(examine, (fault, *how)) for fault in faults]
+    with contextlib.ExitStack() as stack:
+        keep_answers(Path(stack.enter_context(tempfile.TemporaryDirectory())))
+        pool = stack.enter_context(multiprocessing.get_context("fork").Pool(options.n, maxtasksperchild=1))
+        jobs = sorted({job for fault in faults for job in questions(fault, options.named)})
+        drawn = dict(zip(jobs, pool.starmap(draw, [(*job, options.seed) for job in jobs]), strict=True))
+        waiting = []
+        for fault in faults:
+            asked = {job[0]: drawn[job] for job in questions(fault, options.named)}
+            waiting.append(pool.apply_async(examine, (fault, asked, options.seed, not options.no_shrink)))
         for result in waiting:
             outcomes.append(result.get())
             print(report(outcomes[-1]), flush=True)

@@ -30,6 +30,7 @@ LOGS = "logs_of_0_and_1_give_what_0_and_1_give"
 LOG_ZERO = "a_gate_of_exactly_zero_has_no_derivative_by_its_log"
 FINITE, ZERO_GATES = "finite_inputs_give_finite_results", "gates_of_zero_give_finite_gradients"
 HIDDEN, HUGE = "what_is_not_finite_is_not_hidden", "huge_later_tokens_harm_nothing_earlier"
+HUGE_VALUES = "huge_later_values_harm_no_earlier_gradient"
 
 
 def fault(name: str, module: str, old: str, new: str, *laws: str, backend: str = "chunk") -> Fault:
@@ -216,6 +217,8 @@ CALLS = (
           "weights = (x.q @ x.k.mT)", HUGE),
     fault("what is above the diagonal overflows, scores backward", "chunk", "scores = (x.q @ x.k.mT).tril()  #",
           "scores = (x.q @ x.k.mT)  #", HUGE),
+    fault("what is above the diagonal overflows, weights backward", "chunk", "dweights = -2 * (dy @ u.mT).tril()",
+          "dweights = -2 * (dy @ u.mT)", HUGE_VALUES),
 )  # fmt: skip
 
 FAULTS = (*ANCHOR, *STATES, *FACTORS, *NORM, *TAILS, *DECAYS, *PRECISION, *CALLS)

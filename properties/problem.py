@@ -58,6 +58,8 @@ class Problem:
         What the gates and values are like; see the top of this module.
     cotangent : str
         Which of `o M S anchor` have a cotangent.
+    do : str
+        What that of `o` is like.
     dtype, gate_dtype : str
         Of q, k, v, w, b and of the gates; a state is float64 where q is, else float32.
     log_gates : bool
@@ -87,6 +89,7 @@ class Problem:
     b: str = "random 0"
     state: str = "random 0"
     cotangent: str = "o M S anchor"
+    do: str = "random 0"
     dtype: str = "float32"
     gate_dtype: str = "float32"
     log_gates: bool = False
@@ -238,7 +241,7 @@ class Problem:
         """Build the gradients that flow in; zeros for an `o` without one."""
         o, given = self._shape("q"), self.cotangent.split()
         state = (self.sequences, self.H, self.D, self.D)
-        do = self._values("random 0" if "o" in given else "zero", "do", o)
+        do = self._values(self.do if "o" in given else "zero", "do", o)
         others = {
             name: _to(self._values("random 0", "d" + name, state), self.compute_dtype) if name in given else None
             for name in ("M", "S", "anchor")

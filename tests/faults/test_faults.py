@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 
+import oracle
+from faults.answers import keep
 from faults.catalogue import FAULTS
 from faults.plant import ROOT, Fault, plant
 from properties.checks import PROPERTIES
 from properties.implementations import BACKENDS
+from properties.problem import Problem
 
 for path in sorted((ROOT / "properties").glob("test_*.py")):
     importlib.import_module(f"properties.{path.stem}")
@@ -49,6 +52,21 @@ def test_a_fault_is_not_planted_too_late(tmp_path: Path) -> None:
 
     with pytest.raises(RuntimeError, match="before a fault"):
         plant(FAULTS[0], tmp_path)
+
+
+def test_answers_are_kept_and_are_those_of_the_oracle(tmp_path: Path) -> None:
+    kept = keep(oracle.gradient, tmp_path)
+    problem = Problem(lengths=(3,), H=2, D=2, C=2, memory="normalised", initial="full", offsets=(1,))
+    for seed in (0, 1, 0):
+        inputs, cotangents = replace(problem, seed=seed).inputs(), problem.cotangents()
+        (output, gradient), (exactly, wanted) = kept(inputs, cotangents), oracle.gradient(inputs, cotangents)
+        assert (output.o == exactly.o).all()
+        assert all((x == getattr(wanted, name)).all() for name, x in vars(gradient).items())
+    assert len(list(tmp_path.iterdir())) == 2
+    # Signs of zeros are bits, too.
+    zero = replace(inputs, q=inputs.q * 0)
+    kept(zero, cotangents), kept(replace(zero, q=-zero.q), cotangents)
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:

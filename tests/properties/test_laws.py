@@ -32,6 +32,7 @@ CATCHES: dict[str, type[Definition]] = {
     "test_rows_without_variance_are_harmless": wrong.NoEps,
     "test_decays_that_underflow_give_what_is_representable": wrong.FlushesGates,
     "test_huge_later_tokens_harm_nothing_earlier": wrong.WholeProducts,
+    "test_huge_later_values_harm_no_earlier_gradient": wrong.WholeGradients,
     "test_any_small_numbers_give_the_oracles_results": wrong.UndividedLayerNorm,
     "test_long_sequences_of_a_plain_memory_are_the_recurrence": wrong.NoMomentumAcrossChunks,
     "test_every_coefficient_has_a_few_roundings": wrong.GatesInHalf,

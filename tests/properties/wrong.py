@@ -202,6 +202,21 @@ class WholeProducts(Definition):
         return o + later[..., None].to(o.dtype), state
 
 
+class WholeGradients(Definition):
+    """All products of cotangents and values are formed in the backward, and those with later values meet a zero."""
+
+    def finish(self, o: Tensor, state: State, tensors: list[Tensor], wanted: bool) -> tuple[Tensor, State]:
+        v = tensors[2].detach().movedim(1, -2).float()  # (B, H, T, D)
+
+        def with_later(do: Tensor) -> Tensor:
+            later = ((do.movedim(1, -2).float() @ v.mT).triu(1) * 0).sum(-1).movedim(-1, 1)
+            return do + later[..., None].to(do.dtype)
+
+        if o.requires_grad:
+            o.register_hook(with_later)
+        return o, state
+
+
 @dataclass
 class Unsteady(Definition):
     """The last bit of the outputs is another one in every other call."""
