@@ -27,10 +27,13 @@ from properties.parts import chain, stepping
 from properties.problem import Problem
 from properties.strategies import gates, problems, split
 
-# Nothing underflows at either scale: every product of these gates and values stays far from the smallest normal.
-MILD = ("2^-1", "0", "1", "2^-2", "2^-3", "1-2^-2", "1-2^-3")
-MILD_GATES = gates(MILD).filter(lambda gate: not gate.startswith(("uniform", "sigmoid")))
-MILD_THETA = gates(("2^-1", "2^-2", "0", "2^0")).filter(lambda gate: not gate.startswith(("uniform", "sigmoid")))
+# Nothing underflows at either scale: every product of these gates and values stays far from the smallest normal. The
+# length is what a fading gate fades over, which for one so long is mild.
+MILD, LONG = ("2^-1", "0", "1", "2^-2", "2^-3", "1-2^-2", "1-2^-3"), 150
+MILD_GATES = gates(MILD, LONG, LONG).filter(lambda gate: not gate.startswith(("uniform", "sigmoid")))
+MILD_THETA = gates(("2^-1", "2^-2", "0", "2^0"), LONG, LONG).filter(
+    lambda gate: not gate.startswith(("uniform", "sigmoid"))
+)
 LINEAR = {"memories": ("plain",), "dtypes": ("float32", "float64"), "most": 10, "wild": False, "log_gates": False}
 LINEAR_IN = ("v", "M", "S", "anchor")
 BINARY_GATES = st.sampled_from(("constant 2^-1", "constant 0", "constant 1", "alternate 2^-1 1", "spike 1 2^-1 -1"))
