@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
 
 from properties.checks import Implementation, check, law
 from properties.problem import Problem
@@ -25,6 +26,12 @@ def huge(draw: st.DrawFn, **fixed: str) -> Problem:
     )
 
 
+def two_chunks_and_more(*C: int) -> SearchStrategy[Problem]:
+    """Draw problems of one sequence with at least two chunks of one of these lengths, the plainest from a given M."""
+    any_length = problems(C=C, D=(2, 3, 1), most=8, heads=1, sequences=1, initial=("M", "full", "none"), wild=False)
+    return any_length.map(lambda problem: replace(problem, lengths=(2 * problem.C + problem.lengths[0],)))
+
+
 @law("5.1", "5.8", problems=problems(), share=3)
 def test_values_are_the_oracles(implementation: Implementation, problem: Problem) -> None:
     check(implementation, problem, gradients=False)
@@ -37,6 +44,18 @@ def test_gradients_are_the_oracles(implementation: Implementation, problem: Prob
 
 @law("5.1", "5.14", problems=problems(wild=False, dtypes=("float32", "float64")), share=2)
 def test_the_chunked_form_is_the_recurrence_for_any_length(implementation: Implementation, problem: Problem) -> None:
+    check(implementation, problem)
+
+
+@law("5.1", "5.14", problems=two_chunks_and_more(33, 48, 65), share=0.3)
+def test_the_chunked_form_is_the_recurrence_for_long_chunks(implementation: Implementation, problem: Problem) -> None:
+    # A kernel may cut a chunk into blocks.
+    check(implementation, problem)
+
+
+@law("5.1", "5.14", problems=two_chunks_and_more(2, 3, 5), share=0.3)
+def test_the_chunked_form_is_the_recurrence_for_short_chunks(implementation: Implementation, problem: Problem) -> None:
+    # A kernel may work on a block of several chunks.
     check(implementation, problem)
 
 

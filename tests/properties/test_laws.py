@@ -27,6 +27,8 @@ CATCHES: dict[str, type[Definition]] = {
     "test_values_are_the_oracles": wrong.Half,
     "test_gradients_are_the_oracles": wrong.DetachedState,
     "test_the_chunked_form_is_the_recurrence_for_any_length": wrong.LateAnchor,
+    "test_the_chunked_form_is_the_recurrence_for_long_chunks": wrong.LateAnchor,
+    "test_the_chunked_form_is_the_recurrence_for_short_chunks": wrong.NoMomentumAcrossChunks,
     "test_the_state_after_a_tail_is_that_of_the_definition": wrong.TailRunsOn,
     "test_gates_at_the_ends_of_their_ranges_are_harmless": wrong.LogOfZero,
     "test_rows_without_variance_are_harmless": wrong.NoEps,
