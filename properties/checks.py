@@ -436,10 +436,16 @@ def check_against(
 
 
 def stage(inputs: Inputs) -> str:
-    """Say whether a call is a piece, from a state that is exact, or several from end to end."""
-    pairs = zip(inputs.offsets, inputs.sequences, strict=True)
-    alone = all(start + end - begin <= inputs.chunk_size for start, (_, begin, end) in pairs)
-    return "piece" if alone else "end to end"
+    """Say which memory, and whether a call is a piece, from a state that is exact, or several from end to end.
+
+    It is none where a sequence has no tokens: what comes of one is rounded once or not at all, just within its bound,
+    and would hide how loose the bounds of the others are.
+    """
+    lengths = [end - begin for _, begin, end in inputs.sequences]
+    if not all(lengths):
+        return ""
+    alone = all(start + T <= inputs.chunk_size for start, T in zip(inputs.offsets, lengths, strict=True))
+    return f"{'plain' if inputs.w is None else 'normalised'} {'piece' if alone else 'end to end'}"
 
 
 def compare(results: Results, wanted: Truth, radius: Radii) -> None:
@@ -490,9 +496,12 @@ def compare_one(
     far = np.where(measurable, nearest(error), 0)
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.where(far != 0, far / radius, 0)
-    worst = np.unravel_index(np.argmax(np.where(np.isnan(ratio), math.inf, ratio)), ratio.shape)
+    # No number at all is as wrong as can be.
+    far, ratio = (np.where(np.isnan(x), math.inf, x) for x in (far, ratio))
+    worst = np.unravel_index(np.argmax(ratio), ratio.shape)
+    ulps = in_ulps(float(far.max()), float(size.max()), actual.dtype)
     if not within.all():
-        note(name, float(ratio[worst]), math.inf)
+        note(name, float(ratio[worst]), ulps)
         raise LawBroken(
             f"{name}[{', '.join(map(str, worst))}] is wrong\n"
             f"    exact  {context.nstr(exactly[worst], 20)}\n"
@@ -504,7 +513,7 @@ def compare_one(
         )
     # Next to nothing, or nothing: an ulp of it says nothing either.
     clear = size.max() / 2 >= np.where(radius < math.inf, radius, 0).max()
-    return float(ratio[worst]), in_ulps(float(far.max()), float(size.max()), actual.dtype) if clear else 0.0
+    return float(ratio[worst]), ulps if clear else 0.0
 
 
 def in_ulps(error: float, size: float, dtype: torch.dtype) -> float:

@@ -193,5 +193,6 @@ def test_the_verdict_on_a_failure_has_all_there_is_to_say(tmp_path: Path) -> Non
     assert (failed["law"], failed["verdict"]) == (law, "fail")
     assert failed["failing_call"] > 0
     assert Problem.from_json(failed["failing_problem"]).tokens == 1
+    assert isinstance(failed["error"], float)  # not "inf"
     assert failed["message"].startswith("LawBroken: ")
     assert failed["failing_problem"] in failed["replay"]
