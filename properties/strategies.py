@@ -39,6 +39,8 @@ def gates(draw: st.DrawFn, levels: Sequence[str] = UNIT_LEVELS, C: int = 16, T: 
         "sigmoid": st.builds("sigmoid {} {}".format, st.sampled_from((0, 4, 8, 16, -8, -16)), st.sampled_from((1, 8))),
         "fading": st.builds("constant {}".format, st.sampled_from([form.format(n) for n in fading])),
     }
+    if {"0", "1"} <= {*levels}:
+        kinds["switch"] = st.sampled_from(("alternate 0 1", "alternate 1 0"))
     return draw(kinds[draw(st.sampled_from(tuple(kinds)))])
 
 
