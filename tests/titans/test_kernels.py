@@ -8,10 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from oracle.bounds import kernel_arithmetic
 from properties import checks
 from properties.implementations import implementation
 from properties.problem import Problem
 from titans import chunk_titans_linear
+from titans.kernels import layout
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -39,6 +41,15 @@ def test_the_kernels_are_within_the_bound_of_the_oracle(problem: Problem, dtype:
     checks.TALLY.now = checks.Example()
     checks.check(implementation("triton", DEVICE), replace(problem, dtype=dtype))
     assert not checks.TALLY.now.unsure, "the bound is too wide to say anything"
+
+
+@pytest.mark.parametrize("D", [1, 64, 65, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_the_error_model_knows_the_blocks(dtype: torch.dtype, D: int) -> None:
+    """(B11): which chunks are one polynomial."""
+    arithmetic = kernel_arithmetic(dtype, D, tensor_cores=False)
+    for C in range(1, 129):
+        assert arithmetic.chunks(C) == layout.per_chunk(torch.empty(1, D, dtype=dtype), C)[1]
 
 
 def test_log_gates_near_zero_add_up() -> None:
