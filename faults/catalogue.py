@@ -9,6 +9,7 @@ ENDS = "gates_at_the_ends_of_their_ranges_are_harmless"
 FLAT = "rows_without_variance_are_harmless"
 NUMBERS = "any_small_numbers_give_the_oracles_results"
 LONG = "long_sequences_of_a_plain_memory_are_the_recurrence"
+EVERY_CHUNK = "every_chunk_is_right_from_the_oracles_own_state"
 LONG_CHUNKS = "the_chunked_form_is_the_recurrence_for_long_chunks"
 SHORT_CHUNKS = "the_chunked_form_is_the_recurrence_for_short_chunks"
 COEFFICIENTS = "every_coefficient_has_a_few_roundings"
@@ -231,21 +232,21 @@ def kernel(name: str, module: str, old: str, new: str, *laws: str) -> Fault:
 
 ABOVE = "tl.dot({}, tl.trans({}), input_precision=PREC)"
 KERNELS = (
-    kernel("momentum not handed on", "state", "m_L * S_,", "0.0 * S_,", VALUES, ANY_LENGTH),
-    kernel("cotangent of the momentum not handed on", "state", "dS = f_L * dM + m_L * dS", "dS = f_L * dM", GRADIENTS,
-           SPLIT),
+    kernel("momentum not handed on", "state", "m_L * S_,", "0.0 * S_,", SHORT_CHUNKS, ANY_LENGTH),
+    kernel("cotangent of the momentum not handed on", "state", "dS = f_L * dM + m_L * dS", "dS = f_L * dM",
+           SHORT_CHUNKS, SPLIT),
     kernel("anchor refreshed inside a chunk of several blocks", "state",
            "A = tl.where((i + 1) % NB == 0, M.to(OP), A)", "A = M.to(OP)", LONG_CHUNKS),
     kernel("gradient at the block's memory instead of its chunk's", "keys", "(base + i // NB * NB - r // BC) * H + h",
            "(base + i - r // BC) * H + h", LONG_CHUNKS),
     kernel("cotangent of an unfinished chunk's anchor dropped", "state",
-           "dA += load_square(danchor_out, pid, D, BD, tl.float32)", "dA += 0.0", GRADIENTS, TAIL),
+           "dA += load_square(danchor_out, pid, D, BD, tl.float32)", "dA += 0.0", SHORT_CHUNKS, TAIL),
     kernel("cotangent of the anchor dropped where its chunk begins in a block", "keys",
-           "(s > 0) & ((r + L) % C != 0)", "(s > 0) & (L < 0)", GRADIENTS, TAIL),
+           "(s > 0) & ((r + L) % C != 0)", "(s > 0) & (L < 0)", SHORT_CHUNKS, TAIL),
     kernel("decays of the block's first chunk for all of them", "state", "at = (at * PER + sub) * 3",
            "at = at * PER * 3", VALUES, SHORT_CHUNKS),
     kernel("decays of a resumed block's chunks in the wrong place", "coefficients",
-           "(tl.where(i == 0, r, 0) + t) // C", "t // C", VALUES, SPLIT),
+           "(tl.where(i == 0, r, 0) + t) // C", "t // C", SHORT_CHUNKS),
     kernel("momentum of the block for that of its chunk", "coefficients", "f_c = a_t * f_c + m_c",
            "f_c = a_t * f_c + m", VALUES, SHORT_CHUNKS),
     kernel("coefficients of (20) in the row that reads", "keys", "at = pid * 2 * BC + start - 1",
@@ -256,10 +257,9 @@ KERNELS = (
            "offs_j <= offs_t", FRESH),
     kernel("last row of a block not written", "output", "store_rows(o, y, row, H, length, D, BC, BD)",
            "store_rows(o, y, row, H, length - 1, D, BC, BD)", VALUES, FRESH),
-    kernel("packed sequences share slots", "device", "(begin + n * slack) // C * NB", "begin // C * NB", VALUES,
-           PACKED),
+    kernel("packed sequences share slots", "device", "(begin + n * slack) // C * NB", "begin // C * NB", PACKED),
     kernel("mean over the padded width", "device", "return (tl.sum(x, 1) / D)[:, None]",
-           "return (tl.sum(x, 1) / x.shape[1])[:, None]", VALUES, FLAT),
+           "return (tl.sum(x, 1) / x.shape[1])[:, None]", EVERY_CHUNK, FLAT),
     kernel("float32 promised, the dtype of q stored", "layout",
            "return torch.bfloat16 if call.q.dtype == torch.bfloat16 else torch.float32", "return call.q.dtype",
            GRADIENTS),
