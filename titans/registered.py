@@ -3,11 +3,15 @@
 `torch.compile` and CUDA graphs see one opaque operator per direction. What the backward needs beside the inputs
 is the memory and the momentum that each piece starts from; the kernels keep x and r of eq. (2), too. They are imported
 when they are first needed: Triton exists on Linux only.
+
+On a GPU a call is short, so what the host does for it counts: the operators are registered with the dispatcher itself
+and not through `torch.library.custom_op`, and a `torch.autograd.Function` stands in for `register_autograd`; together
+they took as long as everything else before the launches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,6 +36,35 @@ def _tensors(count: int) -> str:
     return f"({', '.join(['Tensor'] * count)})"
 
 
+_library = torch.library.Library("titans", "DEF")  # type: ignore[no-untyped-call]
+
+
+def _define(name: str, arguments: str, results: int, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Register an operator that returns tensors, and return it."""
+    _library.define(f"{name}({arguments}) -> {_tensors(results)}")  # type: ignore[no-untyped-call]
+    for device in ("CPU", "CUDA"):
+        _library.impl(name, run, device)  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"titans::{name}", fake, lib=_library)
+    return getattr(torch.ops.titans, name).default
+
+
+def _differentiate(name: str, function: type[torch.autograd.Function]) -> None:
+    """Make the operator record `function`, whose forward calls it below autograd."""
+    operator = getattr(torch.ops.titans, name).default
+
+    def run(*arguments: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
+            return function.apply(*arguments)  # type: ignore[no-untyped-call]
+        return _below_autograd(operator, arguments)
+
+    _library.impl(name, run, "Autograd")  # type: ignore[no-untyped-call]
+
+
+def _below_autograd(operator: Any, arguments: tuple[Any, ...]) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*arguments)
+
+
 @contextmanager
 def _alone_with(q: Tensor) -> Iterator[None]:
     """Launch on the device of `q`, whichever is current, and leave autocast outside."""
@@ -39,8 +72,7 @@ def _alone_with(q: Tensor) -> Iterator[None]:
         yield
 
 
-@torch.library.custom_op("titans::chunked", mutates_args=(), schema=f"({_ARGUMENTS}) -> {_tensors(8)}")
-def chunked(*arguments: Any) -> tuple[Tensor, ...]:
+def _chunked(*arguments: Any) -> tuple[Tensor, ...]:
     """Compute o, the final M, S and anchor, the M0 and S0 of every piece (K, H, D, D), and x and r for the kernels."""
     call, backend = Call(*arguments[:-1]).contiguous(), arguments[-1]
     with _alone_with(call.q):
@@ -51,8 +83,7 @@ def chunked(*arguments: Any) -> tuple[Tensor, ...]:
         return *chunk.forward(call, log_space=backend == "log"), *(call.M.new_empty(0) for _ in range(2))
 
 
-@chunked.register_fake
-def _(*arguments: Any) -> tuple[Tensor, ...]:
+def _fake_chunked(*arguments: Any) -> tuple[Tensor, ...]:
     call, backend = Call(*arguments[:-1]), arguments[-1]
     H, D = call.q.shape[-2:]
     pieces, dtype = call.max_pieces(), call.M.dtype
@@ -67,15 +98,13 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     return call.q.new_empty(call.q.shape), *final, *states, x, r
 
 
-@torch.library.custom_op(
-    "titans::chunked_backward", mutates_args=(), schema=f"({_ARGUMENTS}, {_COTANGENTS}) -> {_tensors(11)}"
-)
-def chunked_backward(*arguments: Any) -> tuple[Tensor, ...]:
+def _chunked_backward(*arguments: Any) -> tuple[Tensor, ...]:
     """Compute the cotangents of q, k, v, w, b, theta, alpha, eta, M, S and anchor; without w and b theirs are empty."""
     *fields, backend, M0, S0, x, r, do, dM, dS, danchor = arguments
     call = Call(*fields).contiguous()
     do = torch.zeros_like(call.q) if do is None else do.contiguous()
-    dM, dS, danchor = (torch.zeros_like(call.M) if d is None else d.contiguous() for d in (dM, dS, danchor))
+    zeros = torch.zeros_like(call.M)
+    dM, dS, danchor = (zeros if d is None else d.contiguous() for d in (dM, dS, danchor))
     with _alone_with(call.q):
         if backend == "triton":
             from titans import kernels
@@ -89,30 +118,57 @@ def chunked_backward(*arguments: Any) -> tuple[Tensor, ...]:
     )
 
 
-@chunked_backward.register_fake
-def _(*arguments: Any) -> tuple[Tensor, ...]:
+def _fake_chunked_backward(*arguments: Any) -> tuple[Tensor, ...]:
     call = Call(*arguments[: len(Call._fields)])
     return tuple(call.M.new_empty(0) if x is None else x.new_empty(x.shape) for x in call[:11])
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    # without this, autograd would fill (K, H, D, D) zeros for the cotangents of M0 and S0
-    ctx.set_materialize_grads(False)
-    fields, ctx.options = inputs[:13], inputs[13:]
-    ctx.save_for_backward(*fields, *output[_KEPT:])
+chunked = _define("chunked", _ARGUMENTS, 8, _chunked, _fake_chunked)
+chunked_backward = _define(
+    "chunked_backward", f"{_ARGUMENTS}, {_COTANGENTS}", 11, _chunked_backward, _fake_chunked_backward
+)
 
 
-def _backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-    fields, kept = ctx.saved_tensors[:13], ctx.saved_tensors[13:]
-    grads = chunked_backward(*fields, *ctx.options, *kept, *cotangents[:_KEPT])
-    return *(g if x is not None else None for g, x in zip(grads, fields[:11], strict=True)), *(None,) * 6
+def _cotangents(
+    grads: tuple[Tensor, ...], fields: tuple[Tensor | None, ...], options: int
+) -> tuple[Tensor | None, ...]:
+    """What autograd wants: a gradient for every argument that is a tensor, None for all others."""
+    return *(g if x is not None else None for g, x in zip(grads, fields[:11], strict=True)), *(None,) * (2 + options)
 
 
-chunked.register_autograd(_backward, setup_context=_save)
+class _Chunked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        # without this, autograd would fill (K, H, D, D) zeros for the cotangents of M0 and S0
+        ctx.set_materialize_grads(False)
+        output = _below_autograd(chunked, arguments)
+        ctx.options = arguments[13:]
+        ctx.save_for_backward(*arguments[:13], *output[_KEPT:])
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+        saved = ctx.saved_tensors
+        fields, kept = saved[:13], saved[13:]
+        grads = chunked_backward(*fields, *ctx.options, *kept, *cotangents[:_KEPT])
+        return _cotangents(grads, fields, len(ctx.options))
 
 
-@torch.library.custom_op("titans::step", mutates_args=(), schema=f"({_CALL}) -> {_tensors(5)}")
-def step(*arguments: Any) -> tuple[Tensor, ...]:
+class _ChunkedBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        return _below_autograd(chunked_backward, arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+        raise RuntimeError('`chunked_backward` has no derivative; backend="recurrent" can be differentiated again')
+
+
+_differentiate("chunked", _Chunked)
+_differentiate("chunked_backward", _ChunkedBackward)
+
+
+def _step(*arguments: Any) -> tuple[Tensor, ...]:
     """Compute o, and M, S, anchor and offset after it, for a call of one token, in one launch."""
     from titans.kernels.step import step as launch
 
@@ -121,26 +177,33 @@ def step(*arguments: Any) -> tuple[Tensor, ...]:
         return launch(call)
 
 
-@step.register_fake
-def _(*arguments: Any) -> tuple[Tensor, ...]:
+def _fake_step(*arguments: Any) -> tuple[Tensor, ...]:
     call = Call(*arguments)
     states = [call.M.new_empty(call.M.shape) for _ in range(3)]
     offset = call.M.new_empty(len(call.M), dtype=torch.int64 if call.offset is None else call.offset.dtype)
     return call.q.new_empty(call.q.shape), *states, offset
 
 
-def _save_step(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:13])
-    ctx.options = inputs[13:]
+step = _define("step", _CALL, 5, _step, _fake_step)
 
 
-def _step_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-    # rare, so it need not be fast: the reverse of the chunk form of the same token
-    call = (*ctx.saved_tensors, *ctx.options, "triton")
-    kept = chunked(*call)[_KEPT:]
-    grads = chunked_backward(*call, *kept, *cotangents[:_KEPT])
-    return *(g if x is not None else None for g, x in zip(grads, call[:11], strict=True)), *(None,) * 5
+class _Step(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        ctx.set_materialize_grads(False)
+        output = _below_autograd(step, arguments)
+        ctx.mark_non_differentiable(output[-1])
+        ctx.options = arguments[13:]
+        ctx.save_for_backward(*arguments[:13])
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+        # rare, so it need not be fast: the reverse of the chunk form of the same token
+        fields = ctx.saved_tensors
+        call = (*fields, *ctx.options, "triton")
+        grads = chunked_backward(*call, *chunked(*call)[_KEPT:], *cotangents[:_KEPT])
+        return _cotangents(grads, fields, len(ctx.options))
 
 
-step.register_autograd(_step_backward, setup_context=_save_step)
+_differentiate("step", _Step)
