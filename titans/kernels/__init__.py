@@ -111,37 +111,42 @@ def backward(
     # only chunks that share a block need G once more
     dG = c.G if layout.PER == 1 else torch.empty_like(c.G)
     dM0, dS0 = torch.empty_like(M0), torch.empty_like(S0)
-    # slots that no block uses stay zero
-    dw, db = dM.new_zeros(K, H, D), dM.new_zeros(K, H, D)
+    # slots that no block uses, which only these calls have, stay zero
+    new = dM.new_empty if call.cu_seqlens is None and call.offset is None else dM.new_zeros
+    dwb = new(2, K, H, D)
     output_vjp_kernel[(K * H,)](
         call.q, call.k, call.v, call.w, call.b, c.rows, c.G, M0, S0, x, r, *at, do,
-        dG, means, dq, du, dk_part, dM0, dS0, drows, dw, db, **flat, eps=call.eps,
+        dG, means, dq, du, dk_part, dM0, dS0, drows, *dwb, **flat, eps=call.eps,
     )  # fmt: skip
-    dy_k, (dM_in, dS_in, danchor_in) = torch.empty_like(x), (torch.empty_like(call.M) for _ in range(3))
+    dM_L, dS_L = (dM0, dS0) if layout.PER == 1 else (torch.empty_like(M0), torch.empty_like(S0))
+    dM_in, dS_in, danchor_in = (torch.empty_like(call.M) for _ in range(3))
     state_vjp_kernel[(N * H,)](
         call.k, call.v, call.w, call.b, c.ends, c.end, x, r, means, *at[:2], dM, dS, danchor,
-        du, dM0, dS0, dy_k, dM_in, dS_in, danchor_in, **tile, BS=layout.BS, STAGES=stages(layout)[1],
+        du, dM0, dS0, dM_L, dS_L, dM_in, dS_in, danchor_in, **tile, BS=layout.BS, STAGES=stages(layout)[1],
     )  # fmt: skip
-    # of the rows that keys read; where no chunks share a block there are none, and nobody looks
-    drows_k, dG_k = drows, dG
-    if layout.PER > 1:
-        drows_k, dG_k = torch.empty_like(drows), torch.empty_like(dG)
-        anchor_vjp_kernel[(K * H,)](
-            call.k, call.v, call.w, call.b, c.rows, c.G, *at, M0, S0, x, r, danchor, dy_k, dk_part, drows_k, dG_k,
-            **flat,
-        )  # fmt: skip
+    del dM0, dS0
     dk, dv = (part if part.dtype == call.k.dtype else torch.empty_like(call.k) for part in (dk_part, du))
+    shared = layout.PER > 1
+    dy_k = torch.empty_like(x) if shared else None
     dends, dend = torch.empty_like(c.block_ends), torch.empty_like(c.block_end)
     key_vjp_kernel[(K * H,)](
         call.k, call.v, call.w, call.b, c.block_ends, call.anchor, *at, M0, S0, x, r, means,
-        dM, dS, danchor, dM0, dS0, dy_k, du, dk_part, dk, dv, dw, db, dends, dend, **tile,
+        dM_L, dS_L, du, dk_part, dk_part if shared else dk, dv, dy_k, *dwb, dends, dend, **tile,
     )  # fmt: skip
+    # of the rows that keys read; where no chunks share a block there are none, and nobody looks
+    drows_k, dG_k = drows, dG
+    if shared:
+        drows_k, dG_k = torch.empty_like(drows), torch.empty_like(dG)
+        anchor_vjp_kernel[(K * H,)](
+            call.k, call.v, call.w, call.b, c.rows, c.G, *at, M0, S0, x, r, danchor, dy_k, dk_part, dk, drows_k, dG_k,
+            **flat,
+        )  # fmt: skip
     # make room for what the next kernel needs
-    del dy_k, dM0, dS0
+    del dM_L, dS_L, dy_k
     dtheta, dalpha, deta = (torch.empty_like(gate) for gate in (call.theta, call.alpha, call.eta))
     coefficients_vjp_kernel[(K * H,)](
         call.theta, call.alpha, call.eta, *at, drows, dG, drows_k, dG_k, dends, dend, torch.empty_like(dG),
         dtheta, dalpha, deta, **sizes(call, layout), LOG=call.log_gates, num_warps=1,
     )  # fmt: skip
-    dwb = (None, None) if call.w is None else (dw.sum(0), db.sum(0))
-    return dq, dk, dv, *dwb, dtheta, dalpha, deta, dM_in, dS_in, danchor_in
+    dw, db = (None, None) if call.w is None else (part.sum(0) for part in dwb)
+    return dq, dk, dv, dw, db, dtheta, dalpha, deta, dM_in, dS_in, danchor_in

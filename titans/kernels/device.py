@@ -9,6 +9,8 @@ chunks of one. Buffers with one entry per block are indexed by its *slot*.
 import triton
 import triton.language as tl
 
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
 
 @triton.jit
 def sequence_of(slot, sequence, S, PACKED: tl.constexpr):
@@ -106,6 +108,40 @@ def mean(x, D: tl.constexpr):
 
 
 @triton.jit
+def add_two(x, y, x_, y_):
+    """Add pairs."""
+    return x + x_, y + y_
+
+
+@triton.jit
+def add_three(x, y, z, x_, y_, z_):
+    """Add triples."""
+    return x + x_, y + y_, z + z_
+
+
+@triton.jit
+def two_means(x, y, D: tl.constexpr):
+    """`mean` of two tiles at once: warps that share a row meet once. The interpreter is slow at that."""
+    if INTERPRETED:
+        mean_x, mean_y = mean(x, D), mean(y, D)
+    else:
+        x, y = tl.reduce((x, y), 1, add_two)
+        mean_x, mean_y = (x / D)[:, None], (y / D)[:, None]
+    return mean_x, mean_y
+
+
+@triton.jit
+def three_means(x, y, z, D: tl.constexpr):
+    """`mean` of three tiles at once."""
+    if INTERPRETED:
+        mean_x, mean_y, mean_z = mean(x, D), mean(y, D), mean(z, D)
+    else:
+        x, y, z = tl.reduce((x, y, z), 1, add_three)
+        mean_x, mean_y, mean_z = (x / D)[:, None], (y / D)[:, None], (z / D)[:, None]
+    return mean_x, mean_y, mean_z
+
+
+@triton.jit
 def less_mean(x, mean_x, D: tl.constexpr, BD: tl.constexpr):
     """x - mean_x in the D columns in use, else 0, (BC, BD).
 
@@ -140,9 +176,20 @@ def inner_residual(x, target, w, b):
 def inner_gradient(x, r, target, w, b, D: tl.constexpr, BD: tl.constexpr):
     """Eq. (2) from x, r = norm(k A): u, mean e and c = mean e x."""
     _, e = inner_residual(x, target, w, b)
-    mean_e = mean(e, D)
-    c = mean(e * x, D)
+    mean_e, c = two_means(e, e * x, D)
     return r * (less_mean(e, mean_e, D, BD) - x * c), mean_e, c
+
+
+@triton.jit
+def inner_gradient_vjp(du, x, r, e, mean_e, c, w, D: tl.constexpr, BD: tl.constexpr):
+    """Eq. (12): the cotangents de and dy, y = k A, of that of u."""
+    dg = du * r
+    dr, mean_dg, mean_dg_x = three_means(du * (less_mean(e, mean_e, D, BD) - x * c), dg, dg * x, D)
+    de = less_mean(dg, mean_dg, D, BD) - mean_dg_x * x
+    dx = de * w * w - mean_dg_x * e - dg * c
+    mean_dx, mean_dx_x = two_means(dx, dx * x, D)
+    # x has mean 0
+    return de, r * (less_mean(dx, mean_dx, D, BD) - x * mean_dx_x) - x * (r * r * dr)
 
 
 @triton.jit
@@ -189,6 +236,16 @@ def store_column(x, value, at, stride, length, BC: tl.constexpr):
     """Store what `load_column` would load."""
     offs_t = tl.arange(0, BC)[:, None]
     tl.store(x + at + offs_t * stride, value, mask=offs_t < length)
+
+
+@triton.jit
+def load_pairs(x, at, stride, length, BC: tl.constexpr):
+    """What `load_column` loads from x[at] and from x[at + 1] on, together."""
+    offs_t = tl.arange(0, BC)[:, None]
+    first, second = tl.split(
+        tl.load(x + at + (offs_t * stride + tl.arange(0, 2)[None, :]), mask=offs_t < length, other=0.0)
+    )
+    return first[:, None], second[:, None]
 
 
 @triton.jit

@@ -7,9 +7,11 @@ from titans.kernels.device import (
     block_span,
     chunk_start,
     inner_gradient,
+    inner_gradient_vjp,
     inner_residual,
     less_mean,
     load_column,
+    load_pairs,
     load_rows,
     load_square,
     load_width,
@@ -17,6 +19,12 @@ from titans.kernels.device import (
     sequence_span,
     store_rows,
 )
+
+
+@triton.jit
+def dot_square(x, y):
+    """<x, y> of two square tiles."""
+    return tl.sum(tl.sum(x.to(tl.float32) * y.to(tl.float32), 1), 0)
 
 
 @triton.jit
@@ -42,8 +50,9 @@ def load_before_transposed(G, at, start, length, BC: tl.constexpr):
 @triton.jit(do_not_specialize=["T", "H", "C", "S", "slack", "PER"])
 def key_vjp_kernel(
     k, v, w, b, block_ends, anchor_in, cu_seqlens, offset, sequence, M0, S0, x, r_norm, means,
-    dM_out, dS_out, danchor_out, dM0, dS0, dy_k, de, dk_part,  # in: what `state_vjp_kernel` knows, the rest of dk
-    dk, dv,  # out: (B, T, H, D); they may be the memory of dk_part and de
+    dM_L, dS_L, du, dk_part,  # in: what `state_vjp_kernel` writes, the rest of dk
+    dk, dv,  # out: (B, T, H, D); they may be the memory of dk_part and du
+    dy_k,  # out: (B, T, H, D), of k A, if chunks share blocks
     dw, db,  # in and out: (K, H, D), added to
     dends, dend,  # out: like block_ends and block_end
     T, H, C, S, slack, PER,
@@ -53,7 +62,7 @@ def key_vjp_kernel(
     """Eq. (16): what the cotangents along the chain make of each block's k, v, w, b and coefficients.
 
     Grid: (K H,).
-    Reads: k, v, w, b, coefficients, M0, S0, dM0 and dS0 of the next block, dy of k A, de.
+    Reads: k, v, w, b, coefficients, M0, S0, dM and dS after the block, du.
     Writes: dk, dv, dw and db of the block, and the cotangents of its last row of coefficients.
     """
     pid = tl.program_id(0)
@@ -70,74 +79,67 @@ def key_vjp_kernel(
     row = (begin + first) * H + h
     offs_t = tl.arange(0, BC)
     offs_d = tl.arange(0, BD)
-    k_ = load_rows(k, row, H, length, D, BC, BD, OP)
-    target = load_rows(v, row, H, length, D, BC, BD, tl.float32)
-    x_ = load_rows(x, row, H, length, D, BC, BD, tl.float32)
-    de_ = load_rows(de, row, H, length, D, BC, BD, tl.float32)
-    dk_ = load_rows(dk_part, row, H, length, D, BC, BD, tl.float32)
-    w_ = load_width(w, h, D, BD) if NORM else 1.0
-    b_ = load_width(b, h, D, BD) if NORM else 0.0
-    if NORM:
-        target -= k_.to(tl.float32)
-        z, e = inner_residual(x_, target, w_, b_)
-        r_ = load_column(r_norm, row, H, length, BC)
-        mean_e = load_column(means, row * 2, H * 2, length, BC)
-        c = load_column(means, row * 2 + 1, H * 2, length, BC)
-        u = r_ * (less_mean(e, mean_e, D, BD) - x_ * c)
-        dz = de_ * w_
-        at_d, in_d = pid * D + offs_d, offs_d < D
-        tl.store(dw + at_d, tl.load(dw + at_d, mask=in_d) + tl.sum(de_ * (z + w_ * x_), 0), mask=in_d)
-        tl.store(db + at_d, tl.load(db + at_d, mask=in_d) + tl.sum(dz, 0), mask=in_d)
-        dk_ += dz
-    else:
-        u = x_ - target
-        dz = de_
-    u_op = u.to(OP)
-    tl.debug_barrier()
-    store_rows(dv, -dz, row, H, length, D, BC, BD)
-
+    at_d, in_d = pid * D + offs_d, offs_d < D
+    # all loads before the first product: one wait for memory, not one each
+    M0_, S0_ = load_square(M0, pid, D, BD, OP), load_square(S0, pid, D, BD, OP)
+    dM, dS = load_square(dM_L, pid, D, BD, OP), load_square(dS_L, pid, D, BD, OP)
     # the anchor of the chunk that the block starts in
     if i // NB == 0:
         A = load_square(anchor_in, n_seq.to(tl.int64) * H + h, D, BD, OP)
     else:
         A = load_square(M0, (base + i // NB * NB - r // BC) * H + h, D, BD, OP)
-    dy_ = load_rows(dy_k, row, H, length, D, BC, BD, OP)
-    if SPLIT:
-        # later chunks of the block: `anchor_vjp_kernel`
-        dy_ = tl.where(chunk_start(offs_t, r, C, i)[:, None] == 0, dy_, 0.0).to(OP)
-    dk_ = tl.dot(dy_, tl.trans(A), dk_, input_precision=PREC)
-
-    last = first + length == L
-    if last:
-        dM = load_square(dM_out, n_seq.to(tl.int64) * H + h, D, BD, tl.float32)
-        if (r + L) % C == 0:
-            dM += load_square(danchor_out, n_seq.to(tl.int64) * H + h, D, BD, tl.float32)
-        dS = load_square(dS_out, n_seq.to(tl.int64) * H + h, D, BD, tl.float32)
-    else:
-        dM = load_square(dM0, pid + H, D, BD, tl.float32)
-        dS = load_square(dS0, pid + H, D, BD, tl.float32)
-    k32 = k_.to(tl.float32)
+    k_ = load_rows(k, row, H, length, D, BC, BD, OP)
+    target = load_rows(v, row, H, length, D, BC, BD, tl.float32)
+    x_ = load_rows(x, row, H, length, D, BC, BD, tl.float32)
+    du_ = load_rows(du, row, H, length, D, BC, BD, tl.float32)
+    dk_ = load_rows(dk_part, row, H, length, D, BC, BD, tl.float32)
     n_L = load_column(block_ends, pid * 2 * BC, 1, length, BC)
     G_L = load_column(block_ends, (pid * 2 + 1) * BC, 1, length, BC)
-    u_dM = -2 * tl.dot(u_op, tl.trans(dM.to(OP)), input_precision=PREC)
+    if NORM:
+        r_ = load_column(r_norm, row, H, length, BC)
+        mean_e, c = load_pairs(means, row * 2, H * 2, length, BC)
+        w_, b_ = load_width(w, h, D, BD), load_width(b, h, D, BD)
+        dw_, db_ = tl.load(dw + at_d, mask=in_d), tl.load(db + at_d, mask=in_d)
+
+    tl.store(dend + pid * 3, dot_square(dM, M0_))
+    tl.store(dend + pid * 3 + 1, dot_square(dM, S0_))
+    tl.store(dend + pid * 3 + 2, dot_square(dS, S0_))
+    if NORM:
+        z, e = inner_residual(x_, target - k_.to(tl.float32), w_, b_)
+        u = r_ * (less_mean(e, mean_e, D, BD) - x_ * c)
+        de, dy = inner_gradient_vjp(du_, x_, r_, e, mean_e, c, w_, D, BD)
+        dz = de * w_
+        tl.store(dw + at_d, dw_ + tl.sum(de * (z + w_ * x_), 0), mask=in_d)
+        tl.store(db + at_d, db_ + tl.sum(dz, 0), mask=in_d)
+        dk_ += dz
+    else:
+        u = x_ - target
+        dy, dz = du_, du_
+    u_op = u.to(OP)
+    # du and dk_part have been read by every thread
+    tl.debug_barrier()
+    store_rows(dv, -dz, row, H, length, D, BC, BD)
+    if SPLIT:
+        # later chunks of the block: `anchor_vjp_kernel`
+        store_rows(dy_k, dy, row, H, length, D, BC, BD)
+        dy = tl.where(chunk_start(offs_t, r, C, i)[:, None] == 0, dy, 0.0)
+    dk_ = tl.dot(dy.to(OP), tl.trans(A), dk_, input_precision=PREC)
+
+    k32 = k_.to(tl.float32)
+    u_dM = -2 * tl.dot(u_op, tl.trans(dM), input_precision=PREC)
     tl.store(dends + (pid * 2 + 1) * BC + offs_t, tl.sum(u_dM * k32, 1))
     dk_ += G_L * u_dM
-    u_dS = -2 * tl.dot(u_op, tl.trans(dS.to(OP)), input_precision=PREC)
+    u_dS = -2 * tl.dot(u_op, tl.trans(dS), input_precision=PREC)
     tl.store(dends + pid * 2 * BC + offs_t, tl.sum(u_dS * k32, 1))
     dk_ += n_L * u_dS
-
-    M0_, S0_ = load_square(M0, pid, D, BD, tl.float32), load_square(S0, pid, D, BD, tl.float32)
-    tl.store(dend + pid * 3, tl.sum(tl.sum(dM * M0_, 1), 0))
-    tl.store(dend + pid * 3 + 1, tl.sum(tl.sum(dM * S0_, 1), 0))
-    tl.store(dend + pid * 3 + 2, tl.sum(tl.sum(dS * S0_, 1), 0))
     store_rows(dk, dk_, row, H, length, D, BC, BD)
 
 
 @triton.jit(do_not_specialize=["T", "H", "C", "S", "slack", "PER"])
 def anchor_vjp_kernel(
     k, v, w, b, rows, G, cu_seqlens, offset, sequence, M0, S0, x, r_norm,
-    danchor_out, dy_k,  # in: what `state_vjp_kernel` knows
-    dk,  # in and out: (B, T, H, D), added to
+    danchor_out, dy_k, dk_part,  # in: what `key_vjp_kernel` writes
+    dk,  # out: (B, T, H, D); it may be the memory of dk_part
     drows, dG,  # out: like rows and G, in the row of the token that reads; dG for j before its chunk
     T, H, C, S, slack, PER,
     D: tl.constexpr, BD: tl.constexpr, SPLIT: tl.constexpr, NB: tl.constexpr, BC: tl.constexpr, NORM: tl.constexpr,
@@ -147,7 +149,7 @@ def anchor_vjp_kernel(
 
     Grid: (K H,).
     Reads: k, v, w, b, coefficients, M0, S0, x and r of `state_kernel`, dy of k A.
-    Writes: what is to be added to dk, and the cotangents of the rows of coefficients that end a chunk inside the block.
+    Writes: dk, and the cotangents of the rows of coefficients that end a chunk inside the block.
     """
     pid = tl.program_id(0)
     slot, h = pid // H, pid % H
@@ -166,7 +168,7 @@ def anchor_vjp_kernel(
     later = (offs_t < length) & (start > 0)
     k_ = load_rows(k, row, H, length, D, BC, BD, OP)
     k32 = k_.to(tl.float32)
-    dk_ = load_rows(dk, row, H, length, D, BC, BD, tl.float32)
+    dk_ = load_rows(dk_part, row, H, length, D, BC, BD, tl.float32)
     target = load_rows(v, row, H, length, D, BC, BD, tl.float32)
     x_ = load_rows(x, row, H, length, D, BC, BD, tl.float32)
     if NORM:
@@ -185,8 +187,8 @@ def anchor_vjp_kernel(
         danchor = load_square(danchor_out, n_seq.to(tl.int64) * H + h, D, BD, tl.float32)
         u_danchor = -2 * tl.dot(u_op, tl.trans(danchor.to(OP)), input_precision=PREC)
         dG_last += tl.sum(u_danchor * k32, 1)
-        dbeta_last += tl.sum(tl.sum(danchor * load_square(M0, pid, D, BD, tl.float32), 1), 0)
-        df_last += tl.sum(tl.sum(danchor * load_square(S0, pid, D, BD, tl.float32), 1), 0)
+        dbeta_last += dot_square(danchor, load_square(M0, pid, D, BD, OP))
+        df_last += dot_square(danchor, load_square(S0, pid, D, BD, OP))
         dk_ += load_column(G, (pid * BC + s - 1) * BC, 1, s, BC) * u_danchor
     last = offs_t == length - 1
 

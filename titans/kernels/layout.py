@@ -104,7 +104,7 @@ def sizes(call: Call, layout: Layout) -> dict[str, Any]:
 def stages(layout: Layout) -> tuple[int, int]:
     """How many steps are in flight along the chain, forward and backward; what was fastest on an H200."""
     if layout.BD > 64:
-        return (2 if layout.BS == 64 else 1), 1
+        return (2, 2) if layout.BS == 64 else (1, 1)
     return 3, (3 if layout.BS == 16 else 2)
 
 

@@ -7,13 +7,13 @@ from titans.kernels.device import (
     block_count,
     block_span,
     inner_gradient,
+    inner_gradient_vjp,
     inner_residual,
-    less_mean,
     load_column,
+    load_pairs,
     load_rows,
     load_square,
     load_width,
-    mean,
     norm,
     sequence_span,
     store_column,
@@ -117,8 +117,10 @@ def state_kernel(
 def state_vjp_kernel(
     k, v, w, b, ends, end, x, r_norm, means, cu_seqlens, offset,
     dM_out, dS_out, danchor_out,  # in: cotangents of the final state
-    du, dM0, dS0,  # in and out: parts through outputs; du becomes de (dy_k in the plain memory)
-    dy_k, dM_in, dS_in, danchor_in,  # out: (B, T, H, D), (N, H, D, D) thrice
+    du,  # in and out: the part through the outputs becomes the whole
+    dM0, dS0,  # in: (K, H, D, D), the parts through the outputs
+    dM_L, dS_L,  # out: of what each block leaves; where steps are blocks it may be the memory of dM0 and dS0
+    dM_in, dS_in, danchor_in,  # out: (N, H, D, D) thrice
     T, H, C, S, slack, PER,
     D: tl.constexpr, BD: tl.constexpr, SPLIT: tl.constexpr, NB: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr,
     NORM: tl.constexpr, PACKED: tl.constexpr, RESUMED: tl.constexpr, OP: tl.constexpr, PREC: tl.constexpr,
@@ -128,7 +130,7 @@ def state_vjp_kernel(
 
     Grid: (N H,).
     Reads: k, v, w, b, coefficients, x, r and the means of (2); du, dM0 and dS0 as far as they come from outputs.
-    Writes: dM0 and dS0 of each block, de, the cotangent of y = k A, and those of the initial state.
+    Writes: dM0 and dS0 of each block, du, and the cotangents of the initial state.
     """
     pid = tl.program_id(0)
     n_seq, h = pid // H, pid % H
@@ -141,12 +143,10 @@ def state_vjp_kernel(
     full = (L > 0) & ((r + L) % C == 0)
     dM = load_square(dM_out, pid, D, BD, tl.float32) + tl.where(full, danchor, 0.0)
     dS = load_square(dS_out, pid, D, BD, tl.float32)
-    if L == 0:
-        store_square(danchor_in, danchor, pid, D, BD)
+    # an empty sequence passes its anchor on
+    dA = tl.where(L > 0, 0.0, danchor)
     w_ = load_width(w, h, D, BD) if NORM else 1.0
     b_ = load_width(b, h, D, BD) if NORM else 0.0
-    if NB > 1:
-        dA = tl.zeros((BD, BD), tl.float32)
     base -= r // BC
 
     for back in tl.range(0, steps, num_stages=STAGES):
@@ -162,28 +162,25 @@ def state_vjp_kernel(
         # (15)
         du_ -= 2 * n_L * tl.dot(k_, dS.to(OP), input_precision=PREC)
         du_ -= 2 * G_L * tl.dot(k_, dM.to(OP), input_precision=PREC)
+        # the whole of du, of which de and dy are made again in `key_vjp_kernel`
+        store_rows(du, du_, row, H, length, D, BS, BD)
         if NORM:
-            # (12)
             target = load_rows(v, row, H, length, D, BS, BD, tl.float32) - k_.to(tl.float32)
             x_ = load_rows(x, row, H, length, D, BS, BD, tl.float32)
             r_ = load_column(r_norm, row, H, length, BS)
-            mean_e = load_column(means, row * 2, H * 2, length, BS)
-            c = load_column(means, row * 2 + 1, H * 2, length, BS)
+            mean_e, c = load_pairs(means, row * 2, H * 2, length, BS)
             _, e = inner_residual(x_, target, w_, b_)
-            dg = du_ * r_
-            dr = mean(du_ * (less_mean(e, mean_e, D, BD) - x_ * c), D)
-            dc = -mean(dg * x_, D)
-            de = less_mean(dg, mean(dg, D), D, BD) + dc * x_
-            dx = dc * e - dg * c + de * w_ * w_
-            # x has mean 0
-            dy = r_ * (less_mean(dx, mean(dx, D), D, BD) - x_ * mean(dx * x_, D)) - x_ * (r_ * r_ * dr)
-            store_rows(du, de, row, H, length, D, BS, BD)
+            _, dy = inner_gradient_vjp(du_, x_, r_, e, mean_e, c, w_, D, BD)
         else:
             dy = du_
-            store_rows(du, du_, row, H, length, D, BS, BD)
-        store_rows(dy_k, dy, row, H, length, D, BS, BD)
 
         # (17), (18)
+        if SPLIT == 0:
+            # before dM_L and dS_L are written, which may be the same memory
+            dM0_, dS0_ = load_square(dM0, at, D, BD, tl.float32), load_square(dS0, at, D, BD, tl.float32)
+        if (SPLIT == 0) | (sub == PER - 1) | (back == 0):
+            store_square(dM_L, dM, at, D, BD)
+            store_square(dS_L, dS, at, D, BD)
         dS = f_L * dM + m_L * dS
         if NB == 1:
             dA = tl.dot(tl.trans(k_), dy.to(OP), input_precision=PREC)
@@ -193,18 +190,17 @@ def state_vjp_kernel(
         if (i % NB == 0) | (s == 0):
             if (i // NB == last_chunk) & (full == 0):
                 dA += load_square(danchor_out, pid, D, BD, tl.float32)
-            if i // NB == 0:
-                store_square(danchor_in, dA, pid, D, BD)
-            else:
-                # the anchor of this chunk is the memory it starts from
-                dM += dA
+            # the anchor of every chunk but the first is the memory it starts from
+            later = i // NB > 0
+            dM += tl.where(later, dA, 0.0)
             if NB > 1:
-                dA = tl.zeros((BD, BD), tl.float32)
-        if (sub == 0) | (SPLIT == 0):
-            # what comes through the outputs is read by every thread before the whole is written
+                dA = tl.where(later, 0.0, dA)
+        if SPLIT == 0:
+            dM += dM0_
+            dS += dS0_
+        elif sub == 0:
             dM += load_square(dM0, at, D, BD, tl.float32)
             dS += load_square(dS0, at, D, BD, tl.float32)
-            store_square(dM0, dM, at, D, BD)
-            store_square(dS0, dS, at, D, BD)
     store_square(dM_in, dM, pid, D, BD)
     store_square(dS_in, dS, pid, D, BD)
+    store_square(danchor_in, dA, pid, D, BD)
