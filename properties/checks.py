@@ -430,22 +430,24 @@ def check_against(
 ) -> Results:
     """Compare everything that the implementation makes of some inputs with the oracle's answer, and return it."""
     results = run(implementation, inputs, cotangents)
-    TALLY.now.stage = stage(inputs)
+    TALLY.now.stage = stage(inputs, implementation.tensor_cores and inputs.q.dtype.itemsize == 2)
     compare(results, wanted, radii(implementation, inputs, cotangents))
     return results
 
 
-def stage(inputs: Inputs) -> str:
+def stage(inputs: Inputs, half: bool) -> str:
     """Say which memory, and whether a call is a piece, from a state that is exact, or several from end to end.
 
-    It is none where a sequence has no tokens: what comes of one is rounded once or not at all, just within its bound,
-    and would hide how loose the bounds of the others are.
+    Apart from the others stand products of `half` precision, whose operands are all that their bounds are made of. The
+    stage is none where a sequence has no tokens: what comes of one is rounded once or not at all, just within its
+    bound, and would hide how loose the bounds of the others are.
     """
     lengths = [end - begin for _, begin, end in inputs.sequences]
     if not all(lengths):
         return ""
     alone = all(start + T <= inputs.chunk_size for start, T in zip(inputs.offsets, lengths, strict=True))
-    return f"{'plain' if inputs.w is None else 'normalised'} {'piece' if alone else 'end to end'}"
+    memory = "plain" if inputs.w is None else "normalised"
+    return f"{memory}{' half' if half else ''} {'piece' if alone else 'end to end'}"
 
 
 def compare(results: Results, wanted: Truth, radius: Radii) -> None:

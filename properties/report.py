@@ -209,17 +209,17 @@ def bound(verdicts: list[Verdict]) -> list[str]:
     compared = [row for row in verdicts if row.examples or row.verdict in ("fail", "error")]
     lines = [f"4.2 bound: {outcome(compared)}; bound / worst error seen is that of each stage's loosest result"]
     names = list(dict.fromkeys(row.implementation for row in compared))
-    lines.append(f"    {'':33}" + "".join(f"{name:>20}" for name in names))
+    lines.append(f"    {'':38}" + "".join(f"{name:>20}" for name in names))
     rows = {name: [row for row in compared if row.implementation == name] for name in names}
     for title, fact in (("examples", "examples"), ("ill-conditioned", "ill_conditioned")):
         counts = (sum(getattr(row, fact) for row in rows[name] if row.law not in REPLAYED) for name in names)
-        lines.append(f"    {title:33}" + "".join(f"{count:20}" for count in counts))
+        lines.append(f"    {title:38}" + "".join(f"{count:20}" for count in counts))
     for title, (stage, results, aim) in STAGES.items():
         loosest = [slack(rows[name], stage, results) for name in names]
         if any(loosest):
             cells = "".join(f"{f'{found[0]:.1f} {found[1]}' if found else '':>20}" for found in loosest)
             missed = [name for name, found in zip(names, loosest, strict=True) if found and found[0] > aim]
-            lines.append(f"    {title:33}{cells}   aim {aim}" + (f", MISSED by {', '.join(missed)}" if missed else ""))
+            lines.append(f"    {title:38}{cells}   aim {aim}" + (f", MISSED by {', '.join(missed)}" if missed else ""))
     return lines
 
 
@@ -229,7 +229,7 @@ STAGES: dict[str, tuple[str, tuple[str, ...], int]] = {
     "coefficients": ("coefficients", ("coefficients", "momentum"), 30),
 } | {
     f"{title}, {memory}": (f"{memory} {stage}", results, aim)
-    for memory in ("plain", "normalised")
+    for memory in ("plain", "normalised", "plain half", "normalised half")
     for title, stage, results, aim in (
         ("state of a piece", "piece", ("M", "S"), 30),
         ("output of a piece", "piece", ("o",), 30),

@@ -103,6 +103,18 @@ def test_a_sequence_without_tokens_says_nothing_of_how_loose_a_bound_is() -> Non
     assert "plain piece M" in verdict_on(LAW, PIECE).tightness
 
 
+def test_bounds_that_are_made_of_narrow_operands_stand_apart() -> None:
+    TALLY.__init__()
+    kernels = replace(implementation("chunk", "cpu"), blocks=True, tensor_cores=True)
+    for dtype in ("float32", "bfloat16"):
+        PROPERTIES[LAW].law(kernels, replace(PIECE, dtype=dtype))
+    table = report.bound([Verdict("", LAW, "chunk", "pass", **TALLY.facts())])
+    assert [line.split("  ")[2] for line in table if "state" in line] == [
+        "state of a piece, plain",
+        "state of a piece, plain half",
+    ]
+
+
 def test_the_table_names_the_fixture_that_fails() -> None:
     row = Verdict("f.py::test_fixture[a.b:c-007-tail-of-one]", "test_fixture", "a.b:c", "fail", ratio=math.inf)
     assert report.table([row])[1].startswith("  fixture 007-tail-of-one ")
