@@ -11,8 +11,8 @@ from typing import Any
 PREFIX = "titans."
 REPLAYED = ("test_fixture", "test_ratchet")
 RATCHET = Path(__file__).parent / "ratchet.json"
-# The share of examples that may be ill-conditioned: they are drawn to be difficult, and 1 in 25 is.
-ILL_CONDITIONED = 0.1
+# The share of examples that may be ill-conditioned, where there are enough: 1 in 25 is, so difficult are they drawn.
+ILL_CONDITIONED, ENOUGH = 0.1, 1000
 GATES = ("theta", "alpha", "eta")
 
 
@@ -167,11 +167,11 @@ def failures(verdicts: list[Verdict]) -> list[str]:
 
 
 def too_many_ill_conditioned(verdicts: list[Verdict]) -> str:
-    """Say so where the bounds say nothing of too many examples of an implementation; of less than 1000 it is luck."""
+    """Say so where the bounds say nothing of too many examples of an implementation."""
     for name in dict.fromkeys(row.implementation for row in verdicts):
         rows = [row for row in verdicts if row.implementation == name and row.law not in REPLAYED]
         examples, unsure = sum(row.examples for row in rows), sum(row.ill_conditioned for row in rows)
-        if examples >= 1000 and unsure > ILL_CONDITIONED * examples:
+        if examples >= ENOUGH and unsure > ILL_CONDITIONED * examples:
             return f"{unsure} of the {examples} examples of {name} are ill-conditioned: the run says too little"
     return ""
 

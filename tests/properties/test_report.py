@@ -14,6 +14,7 @@ from properties.problem import Problem
 from properties.report import Verdict
 from properties.test_ratchet import WORSE
 from properties.test_ratchet import test_ratchet as replay_the_ratchet
+from tests.properties.test_laws import run_suite
 
 LAW = "test_values_are_the_oracles"
 PROBLEM = Problem(lengths=(7,), D=3, C=4, memory="normalised", initial="M", seed=1)
@@ -125,6 +126,15 @@ def test_the_table_names_the_fixture_that_fails() -> None:
 def test_a_run_says_too_little_where_a_tenth_is_ill_conditioned(unsure: int, too_many: bool) -> None:
     rows = [Verdict("", LAW, "chunk", "pass", examples=1000, ill_conditioned=n) for n in (unsure, 0)]
     assert bool(report.too_many_ill_conditioned(rows)) == too_many
+
+
+def test_such_a_run_fails() -> None:
+    law = f"properties/test_oracle.py::{LAW}"
+    run = (law, "--backends", "chunk", "--replay", PROBLEM.to_json())
+    assert "says too little" not in run_suite(*run)
+    assert "FAIL: 0 of the 1 examples of chunk are ill-conditioned: the run says too little" in run_suite(
+        "-p", "tests.properties.unsure", *run, fails=1
+    )
 
 
 def test_what_is_not_finite_is_text_in_the_json(tmp_path: Path) -> None:
