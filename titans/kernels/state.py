@@ -159,6 +159,9 @@ def state_vjp_kernel(
         block, sub, skip = step_place(i, r, C, PER, SPLIT)
         at = (base + block) * H + h
         n_L, G_L, beta_L, f_L, m_L = load_ends(ends, end, at, sub, skip, length, PER, BC, BS)
+        if SPLIT & ((sub == PER - 1) | (back == 0)):
+            store_square(dM_L, dM, at, D, BD)
+            store_square(dS_L, dS, at, D, BD)
         # (15)
         du_ -= 2 * n_L * tl.dot(k_, dS.to(OP), input_precision=PREC)
         du_ -= 2 * G_L * tl.dot(k_, dM.to(OP), input_precision=PREC)
@@ -178,15 +181,17 @@ def state_vjp_kernel(
         if SPLIT == 0:
             # before dM_L and dS_L are written, which may be the same memory
             dM0_, dS0_ = load_square(dM0, at, D, BD, tl.float32), load_square(dS0, at, D, BD, tl.float32)
-        if (SPLIT == 0) | (sub == PER - 1) | (back == 0):
             store_square(dM_L, dM, at, D, BD)
             store_square(dS_L, dS, at, D, BD)
-        dS = f_L * dM + m_L * dS
+            dS = f_L * dM + m_L * dS + dS0_
+            dM = beta_L * dM + dM0_
+        else:
+            dS = f_L * dM + m_L * dS
+            dM = beta_L * dM
         if NB == 1:
             dA = tl.dot(tl.trans(k_), dy.to(OP), input_precision=PREC)
         else:
             dA = tl.dot(tl.trans(k_), dy.to(OP), dA, input_precision=PREC)
-        dM = beta_L * dM
         if (i % NB == 0) | (s == 0):
             if (i // NB == last_chunk) & (full == 0):
                 dA += load_square(danchor_out, pid, D, BD, tl.float32)
@@ -195,10 +200,7 @@ def state_vjp_kernel(
             dM += tl.where(later, dA, 0.0)
             if NB > 1:
                 dA = tl.where(later, 0.0, dA)
-        if SPLIT == 0:
-            dM += dM0_
-            dS += dS0_
-        elif sub == 0:
+        if SPLIT & (sub == 0):
             dM += load_square(dM0, at, D, BD, tl.float32)
             dS += load_square(dS0, at, D, BD, tl.float32)
     store_square(dM_in, dM, pid, D, BD)
