@@ -86,6 +86,7 @@ def facts(kernel: Any) -> dict[str, Any]:
         "dots": re.findall(r"tt\.dot .*?, inputPrecision = (\w+) :", ttir),
         "products": len(re.findall(r"(?:tt\.dot|ttng\.warp_group_dot) ", ttgir)),
         "mma": mma,
+        "rounded": len(re.findall(r"\bcvt\.rna\.tf32\.f32\b", ptx)),
         "atomics": re.findall(r"\b(?:atom|red)\.\S+", ptx),
         "flushing": sorted(set(re.findall(r"\b\w\S*\.ftz\S*", ptx))),
         **resources(kernel.asm["cubin"]),

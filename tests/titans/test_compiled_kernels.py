@@ -56,6 +56,8 @@ def test_full_float32_is_three_products_of_tf32_and_never_one() -> None:
         assert set(kernel["dots"]) <= {"tf32x3"}, kernel["name"]
         assert kernel["products"] == 3 * len(kernel["dots"]), kernel["name"]
         assert operands(kernel) <= {"tf32"}, kernel["name"]
+        # hi is the nearest, so that the product lo lo, which is left out, is at most 2^-22 of the whole
+        assert bool(kernel["rounded"]) == bool(kernel["dots"]), kernel["name"]
 
 
 def test_less_is_one_product_of_tf32() -> None:
@@ -64,10 +66,11 @@ def test_less_is_one_product_of_tf32() -> None:
         assert kernel["products"] == len(kernel["dots"]), kernel["name"]
 
 
-def test_float16_is_raised_to_tf32() -> None:
+def test_float16_is_raised_to_tf32_and_cut() -> None:
     for kernel in kernels(*FLOAT16):
         assert kernel["products"] == len(kernel["dots"]), kernel["name"]
         assert operands(kernel) <= {"tf32"}, kernel["name"]
+        assert not kernel["rounded"], kernel["name"]
 
 
 @pytest.mark.parametrize("case", BFLOAT16, ids=str)
