@@ -233,7 +233,7 @@ def kernel(name: str, module: str, old: str, new: str, *laws: str) -> Fault:
 ABOVE = "tl.dot({}, tl.trans({}), input_precision=PREC)"
 KERNELS = (
     kernel("momentum not handed on", "state", "m_L * S_,", "0.0 * S_,", SHORT_CHUNKS, ANY_LENGTH),
-    kernel("cotangent of the momentum not handed on", "state", "dS = f_L * dM + m_L * dS", "dS = f_L * dM",
+    kernel("G in the place of n, backward", "state", "2 * n_L * tl.dot(k_, dS.to(OP)", "2 * G_L * tl.dot(k_, dS.to(OP)",
            SHORT_CHUNKS, SPLIT),
     kernel("anchor refreshed inside a chunk of several blocks", "state",
            "A = tl.where((i + 1) % NB == 0, M.to(OP), A)", "A = M.to(OP)", LONG_CHUNKS),
