@@ -23,6 +23,7 @@ from properties import checks
 from properties.implementations import implementation
 from properties.parts import Part
 from properties.problem import Problem
+from tests.poison import poisoned_memory
 from titans import TitansState, chunk, chunk_titans_linear, titans_linear_step
 from titans.call import Call
 
@@ -176,17 +177,6 @@ class RoundedOperands(TorchDispatchMode):
         if function in PRODUCTS:
             args = tuple(self.round(x.contiguous()) for x in args)
         return function(*args, **(kwargs or {}))
-
-
-@contextmanager
-def poisoned_memory() -> Iterator[None]:
-    """Let torch fill what it allocates with NaN."""
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def same(x: Sequence[Tensor], y: Sequence[Tensor]) -> bool:

@@ -12,6 +12,7 @@ from oracle.bounds import kernel_arithmetic
 from properties import checks
 from properties.implementations import implementation
 from properties.problem import Problem
+from tests.poison import poisoned_memory
 from titans import chunk_titans_linear
 from titans.kernels import layout
 
@@ -25,6 +26,8 @@ PROBLEMS = {
     "normalised": replace(NORMALISED, lengths=(7, 7), H=2, D=3, C=5, initial="M", seed=2),
     "C = 1": replace(NORMALISED, lengths=(3,), D=20, C=1, initial="M", seed=3),
     "C = 33": Problem((35,), D=3, C=33, initial="M", eta="uniform 0", alpha="random 2^-9 2^-1", seed=4),
+    # of the two blocks of a chunk the last chunk fills one
+    "normalised, C = 33": replace(NORMALISED, lengths=(34,), D=3, C=33, initial="M", seed=12),
     "no state": replace(NORMALISED, lengths=(5,), D=20, C=16, seed=5),
     "resumed": replace(NORMALISED, lengths=(9, 9), D=16, C=5, initial="full", offsets=(4, 1), seed=6),
     "packed": Problem((2, 0, 1, 9), packed=True, H=2, D=3, C=5, initial="full", offsets=(4, 0, 4, 2), seed=7),
@@ -37,9 +40,10 @@ PROBLEMS = {
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
-def test_the_kernels_are_within_the_bound_of_the_oracle(problem: Problem, dtype: str) -> None:
+def test_the_kernels_are_within_the_bound_of_the_oracle_whatever_memory_held(problem: Problem, dtype: str) -> None:
     checks.TALLY.now = checks.Example()
-    checks.check(implementation("triton", DEVICE), replace(problem, dtype=dtype))
+    with poisoned_memory():
+        checks.check(implementation("triton", DEVICE), replace(problem, dtype=dtype))
     assert not checks.TALLY.now.unsure, "the bound is too wide to say anything"
 
 

@@ -76,8 +76,9 @@ def forward(call: Call) -> tuple[Tensor, ...]:
     layout = layout_of(call)
     (N, H, D, _), K = call.M.shape, layout.slots
     o, (x, r) = torch.empty_like(call.q), kept(call)
-    # slots that no block uses, which only these calls have, are defined all the same
-    new = x.new_empty if call.cu_seqlens is None and call.offset is None else x.new_zeros
+    # slots that no block uses are defined all the same
+    all_used = layout.NB == 1 and call.cu_seqlens is None and call.offset is None
+    new = x.new_empty if all_used else x.new_zeros
     M0, S0 = new(K, H, D, D), new(K, H, D, D)
     M, S, anchor = (torch.empty_like(call.M) for _ in range(3))
     if K * H == 0:
@@ -111,9 +112,8 @@ def backward(
     # only chunks that share a block need G once more
     dG = c.G if layout.PER == 1 else torch.empty_like(c.G)
     dM0, dS0 = torch.empty_like(M0), torch.empty_like(S0)
-    # slots that no block uses, which only these calls have, stay zero
-    new = dM.new_empty if call.cu_seqlens is None and call.offset is None else dM.new_zeros
-    dwb = new(2, K, H, D)
+    # slots that no block uses stay zero; they are summed with the others
+    dwb = dM.new_zeros(2, K, H, D)
     output_vjp_kernel[(K * H,)](
         call.q, call.k, call.v, call.w, call.b, c.rows, c.G, M0, S0, x, r, *at, do,
         dG, means, dq, du, dk_part, dM0, dS0, drows, *dwb, **flat, eps=call.eps,
