@@ -7,6 +7,7 @@ import io
 import json
 import multiprocessing
 import os
+import random
 import sys
 import tempfile
 import time
@@ -108,6 +109,8 @@ def examine(fault: Fault, asked: Mapping[str, Sequence[Problem]], seed: int, shr
     """Plant a fault in this process and ask the laws, each about its problems."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    # A fault may be random; what is said of it should be the same tomorrow.
+    random.seed(seed)
     settings.load_profile("faults")
     begin, outcome = time.monotonic(), Outcome(fault.name, fault.laws)
     with tempfile.TemporaryDirectory() as folder:

@@ -186,6 +186,7 @@ PRECISION = (
           "return x.half().mean(-1, keepdim=True).to(x.dtype)", VALUES, ANY_LENGTH),
 )  # fmt: skip
 
+SHUFFLED = "__import__('random').sample(range(k_T.shape[-1]), k_T.shape[-1])"
 CALLS = (
     fault("packed sequences read on into the next", "pieces",
           "torch.minimum((step + 1) * chunk_size - begun[sequence], lengths[sequence])",
@@ -199,9 +200,8 @@ CALLS = (
     fault("an input changed in place", "op", "    M, S, anchor, offset = _initial_state(initial_state, N, q)",
           "    alpha.detach().clamp_(max=1 - 2**-11)\n"
           "    M, S, anchor, offset = _initial_state(initial_state, N, q)", LAYOUT, VALUES),
-    fault("sum in another order each time", "chunk", "dw_rows.sum(-2), db_rows.sum(-2)",
-          "dw_rows[..., __import__('random').sample(range(k.shape[-2]), k.shape[-2]), :].sum(-2), db_rows.sum(-2)",
-          SAME),
+    fault("sum in another order each time", "chunk", "f * S[live] + k_T @ (G * u[now])",
+          f"f * S[live] + (lambda p: k_T[..., p] @ (G * u[now])[..., p, :])({SHUFFLED})", SAME, FRESH),
     fault("strides choose the order of sums", "registered", "Call(*arguments[:-1]).contiguous(), arguments[-1]",
           "Call(*arguments[:-1]), arguments[-1]", LAYOUT),
     fault("learning rate averaged over the batch", "chunk", "theta, a, eta = linear_gates(passed, call.log_gates)",
