@@ -5,6 +5,7 @@ of the normalised memory; there the rule is section 4.3 of SPEC.md: at most twic
 arithmetic of the error model, whose products get their operands rounded as the tensor cores' are.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -338,7 +339,10 @@ def test_a_replayed_graph_gives_the_eager_bits_for_new_inputs(case: Case, backwa
 @contextmanager
 def no_synchronisation() -> Iterator[None]:
     """Raise where the host waits for the GPU."""
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        # that the mode is a prototype
+        warnings.simplefilter("ignore")
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:
