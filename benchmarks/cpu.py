@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.workload import Inputs, Shape, environment, make_inputs, markdown, medians, relative_error
+from benchmarks.workload import Inputs, Shape, environment, make_inputs, medians, relative_error, show
 from titans import chunk_titans_linear, titans_linear
 
 CHECKED_CHUNKS = 4
@@ -146,10 +146,10 @@ def main() -> None:
             for C in (64, 16)
         ]
     header = ["float32, (B, T, H, D)", "C", "first (ms)", "second (ms)", "second / first", "error against float64"]
-    print(markdown(header, (row() for row in rows)), end="\n\n")
+    show(header, (row() for row in rows))
     header = ["forward and backward, float32", "C", "inputs (MiB)", "states (MiB)", "peak (MiB)", "peak / both"]
     shapes = [Shape(1, T, 4, 64, 16) for T in (1024, 2048, 4096, 8192)]
-    print(markdown(header, (memory_row(shape, "chunk") for shape in shapes)))
+    show(header, (memory_row(shape, "chunk") for shape in shapes))
 
 
 if __name__ == "__main__":

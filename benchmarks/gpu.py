@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.workload import Inputs, Shape, environment, make_inputs, markdown, medians, milliseconds, relative_error
+from benchmarks.workload import Inputs, Shape, environment, make_inputs, medians, milliseconds, relative_error, show
 from titans import TitansState, chunk_titans_linear
 
 CHECKED_CHUNKS = 4
@@ -190,34 +190,34 @@ def main() -> None:
     warnings.simplefilter("ignore")  # fla warns of what is not installed
     print(environment(f"python -m benchmarks.gpu {' '.join(sys.argv[1:])}".strip(), device), end="\n\n")
 
-    good = True
-    checks = []
-    for case in cases:
-        for name, error in errors(case.shape, backend, device):
-            accepted = error <= BFLOAT16_SANITY
-            good &= accepted
-            checks.append([str(case.shape), str(case.shape.C), name, f"{error:.1e}" + ("" if accepted else " WRONG")])
-    print(markdown(["bfloat16, (B, T, H, D)", "C", "result", "error against float64"], checks), end="\n\n")
+    verdicts = []
 
-    rows = []
-    for case in cases:
-        for met, row in compare(case, backend, device, options.repeats):
-            good &= met
-            rows.append(row)
+    def checked() -> Iterator[Sequence[str]]:
+        for case in cases:
+            for name, error in errors(case.shape, backend, device):
+                verdicts.append(error <= BFLOAT16_SANITY)
+                yield str(case.shape), str(case.shape.C), name, f"{error:.1e}" + ("" if verdicts[-1] else " WRONG")
+
+    def timed() -> Iterator[Sequence[str]]:
+        for case in cases:
+            for met, row in compare(case, backend, device, options.repeats):
+                verdicts.append(met)
+                yield row
+
+    show(["bfloat16, (B, T, H, D)", "C", "result", "error against float64"], checked())
     alone = ["on the device (ms)", "TTT's (ms)", "ratio"]
     columns = ["pass", "titans, called (ms)", "TTT (ms)", "ratio", *alone, "must", "peak memory (MiB)", "TTT's (MiB)"]
-    print(markdown(["bfloat16, (B, T, H, D)", "C", *columns], rows), end="\n\n")
-
+    show(["bfloat16, (B, T, H, D)", "C", *columns], timed())
     if not options.no_fla_titans:
-        rows = [
-            against_fla_titans(case.shape, backend, device, options.repeats) for case in cases if case.shape.D <= 64
-        ]
-        header = ["forward, (B, T, H, D)", "C", "titans (ms)", "fla.ops.titans, once (ms)", "ratio"]
-        print(markdown(header, rows), end="\n\n")
+        small = (case.shape for case in cases if case.shape.D <= 64)
+        show(
+            ["forward, (B, T, H, D)", "C", "titans (ms)", "fla.ops.titans, once (ms)", "ratio"],
+            (against_fla_titans(shape, backend, device, options.repeats) for shape in small),
+        )
     q = make_inputs(cases[0].shape, torch.bfloat16, device).q
     (copied,) = medians([lambda: [q.clone() for _ in range(4)]], options.repeats, warm=5, device=device)
     print(f"For scale: copying q, k, v and o of {cases[0].shape} once takes {copied:.3f} ms.")
-    sys.exit(not good)
+    sys.exit(not all(verdicts))
 
 
 if __name__ == "__main__":

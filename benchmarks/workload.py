@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -164,6 +165,8 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Lay a table out in Markdown."""
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))
+def show(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table in Markdown, row by row as they come: a run that is cut off has said something."""
+    for cells in chain((header, ["---"] * len(header)), rows):
+        print(f"| {' | '.join(cells)} |", flush=True)
+    print()
