@@ -41,6 +41,7 @@ def gates(draw: st.DrawFn, levels: Sequence[str] = UNIT_LEVELS, C: int = 16, T: 
     }
     if {"0", "1"} <= {*levels}:
         kinds["switch"] = st.sampled_from(("alternate 0 1", "alternate 1 0"))
+        kinds["saturated"] = st.sampled_from(("sigmoid 16 1", "sigmoid -16 1"))
     return draw(kinds[draw(st.sampled_from(tuple(kinds)))])
 
 
