@@ -69,7 +69,9 @@ def pytest_configure(config: pytest.Config) -> None:
         # Triton looks at this when its kernels are imported.
         os.environ.setdefault("TRITON_INTERPRET", "1")
         # NumPy, in the interpreter, warns of what a GPU does in silence.
-        config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
+        # numpy's, of the inf and NaN of the interpreter; sums warn from a module of their own
+        for module in ("triton.runtime.interpreter", "numpy._core.fromnumeric"):
+            config.addinivalue_line("filterwarnings", f"ignore::RuntimeWarning:{module}")
     else:
         # Without it cuBLAS refuses to be deterministic.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
