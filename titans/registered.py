@@ -5,8 +5,8 @@ is the memory and the momentum that each piece starts from; the kernels keep x a
 when they are first needed: Triton exists on Linux only.
 
 On a GPU a call is short, so what the host does for it counts: the operators are registered with the dispatcher itself
-and not through `torch.library.custom_op`, and a `torch.autograd.Function` stands in for `register_autograd`; together
-they took as long as everything else before the launches.
+and not through `torch.library.custom_op`, and a `torch.autograd.Function` stands in for `register_autograd`, which took
+four tenths of the host's time in a recorded forward.
 """
 
 from __future__ import annotations

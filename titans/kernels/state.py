@@ -130,7 +130,7 @@ def state_vjp_kernel(
 
     Grid: (N H,).
     Reads: k, v, w, b, coefficients, x, r and the means of (2); du, dM0 and dS0 as far as they come from outputs.
-    Writes: dM0 and dS0 of each block, du, and the cotangents of the initial state.
+    Writes: dM_L and dS_L of each block, du, and the cotangents of the initial state.
     """
     pid = tl.program_id(0)
     n_seq, h = pid // H, pid % H
