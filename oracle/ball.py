@@ -60,7 +60,8 @@ class Arithmetic:
         """
         # n factors 1 + d or 1 / (1 + d), |d| <= u <= 2^-8, differ from 1 by at most exp(1.01 n u) - 1
         relative = np.expm1(1.01 * (count * self.unit + operands * self.operand))
-        rad = x.rad + relative * x.mag + (count * self.tiny + operands * self.operand_tiny) * x.cap
+        rad = x.rad + relative * (x.mag + x.drift) + x.drift
+        rad = rad + (count * self.tiny + operands * self.operand_tiny) * x.cap
         # false for NaN, which is 0 times infinity here: nothing is known then
         known = (x.cap < self.huge / 4) & (rad < np.inf)
         return ball(x.mid, np.where(known, rad, np.inf))
@@ -80,32 +81,41 @@ class Ball:
         The same polynomial of the absolute values: what relative errors act on.
     cap : Array
         The same polynomial of max(1, absolute value): what absolute errors act on, and a bound on every partial result.
+    drift : Array
+        What `mag` gains when every leaf grows by the relative error that it may have anew wherever it is used, (B8).
     """
 
     mid: Array
     rad: Array
     mag: Array
     cap: Array
+    drift: Array
+
+    @property
+    def parts(self) -> tuple[Array, ...]:
+        """All its arrays, in the order of the constructor."""
+        return self.mid, self.rad, self.mag, self.cap, self.drift
 
     def map(self, function: Callable[[Array], Array]) -> Ball:
         """Apply a linear function with coefficients >= 0: a selection, a sum, a new shape."""
-        return Ball(function(self.mid), function(self.rad), function(self.mag), function(self.cap))
+        return Ball(*(function(part) for part in self.parts))
 
     def within(self, polynomial: Ball) -> Ball:
         """Let the majorants be no less than those of a polynomial that goes on: bound (B11)."""
-        return replace(self, mag=np.maximum(self.mag, polynomial.mag), cap=np.maximum(self.cap, polynomial.cap))
+        larger = {part: np.maximum(getattr(self, part), getattr(polynomial, part)) for part in ("mag", "cap", "drift")}
+        return replace(self, **larger)
 
     def __getitem__(self, index: Any) -> Ball:
-        return Ball(self.mid[index], self.rad[index], self.mag[index], self.cap[index])
+        return Ball(*(part[index] for part in self.parts))
 
     def __neg__(self) -> Ball:
-        return Ball(-self.mid, self.rad, self.mag, self.cap)
+        return replace(self, mid=-self.mid)
 
     def __add__(self, other: Ball) -> Ball:
-        return Ball(self.mid + other.mid, self.rad + other.rad, self.mag + other.mag, self.cap + other.cap)
+        return Ball(*(x + y for x, y in zip(self.parts, other.parts, strict=True)))
 
     def __sub__(self, other: Ball) -> Ball:
-        return Ball(self.mid - other.mid, self.rad + other.rad, self.mag + other.mag, self.cap + other.cap)
+        return self + -other
 
     def __mul__(self, other: Ball) -> Ball:
         return _product(np.multiply, self, other)
@@ -116,7 +126,7 @@ class Ball:
     def times(self, factor: float) -> Ball:
         """Multiply by a number that is exact."""
         size = abs(factor)
-        return Ball(factor * self.mid, size * self.rad, size * self.mag, max(1.0, size) * self.cap)
+        return Ball(factor * self.mid, size * self.rad, size * self.mag, max(1.0, size) * self.cap, size * self.drift)
 
     @property
     def mT(self) -> Ball:
@@ -136,23 +146,27 @@ class Ball:
         D = self.mid.shape[-1]
         mean = self.mean()
         rad = (1 - 2 / D) * self.rad + mean.rad if D > 1 else np.zeros_like(self.mid)
-        return Ball(self.mid - mean.mid, rad, self.mag + mean.mag, self.cap + mean.cap)
+        return Ball(self.mid - mean.mid, rad, self.mag + mean.mag, self.cap + mean.cap, self.drift + mean.drift)
 
 
 def _product(multiply: Callable[[Array, Array], Array], x: Ball, y: Ball) -> Ball:
     """Any bilinear product. The midpoint itself may be a radius away from the exact value, hence `size`."""
     size_x, size_y = np.abs(x.mid) + x.rad, np.abs(y.mid) + y.rad
     rad = multiply(size_x, y.rad) + multiply(x.rad, size_y + y.rad)
-    return Ball(multiply(x.mid, y.mid), rad, multiply(x.mag, y.mag), multiply(x.cap, y.cap))
+    drift = multiply(x.drift, y.mag + y.drift) + multiply(x.mag, y.drift)
+    return Ball(multiply(x.mid, y.mid), rad, multiply(x.mag, y.mag), multiply(x.cap, y.cap), drift)
 
 
-def ball(mid: Array, rad: Array | None = None) -> Ball:
-    """A quantity known to be within `rad` of `mid`: exactly, and as it is computed. None: it is `mid`."""
+def ball(mid: Array, rad: Array | None = None, drift: Array | float = 0.0) -> Ball:
+    """A quantity known to be within `rad` of `mid`: exactly, and as it is computed. None: it is `mid`.
+
+    `drift` is the logarithm of the relative error that it may have anew wherever it is used.
+    """
     size = np.abs(mid)
     rad = np.zeros_like(mid) if rad is None else rad
     # the exact value is within one radius of the midpoint, the computed one within another
     mag = size + 2 * rad
-    return Ball(mid, rad, mag, np.maximum(mag, 1))
+    return Ball(mid, rad, mag, np.maximum(mag, 1), mag * np.expm1(drift))
 
 
 def outer(x: Ball, y: Ball) -> Ball:
@@ -162,7 +176,7 @@ def outer(x: Ball, y: Ball) -> Ball:
 
 def stack(balls: list[Ball], axis: int) -> Ball:
     """Stack along a new axis."""
-    return Ball(*(np.stack([getattr(x, part) for x in balls], axis) for part in ("mid", "rad", "mag", "cap")))
+    return Ball(*(np.stack(parts, axis) for parts in zip(*(x.parts for x in balls), strict=True)))
 
 
 def arithmetic_for(dtype: torch.dtype, *, log_space: bool = False, operand: torch.dtype | None = None) -> Arithmetic:

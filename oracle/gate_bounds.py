@@ -40,8 +40,7 @@ def coefficients_radius(theta: Array, a: Array, eta: Array, arithmetic: Arithmet
     CoefficientsRadius
     """
     C = len(theta)
-    logs = log_roundings(C) if arithmetic.log_space else 0.0
-    gates = [_gate(ball(np.asarray(x, dtype=np.float64)), _log(x), logs, arithmetic) for x in (theta, a, eta)]
+    gates = [_gate(np.asarray(x, dtype=np.float64), np.zeros(C), _log(x), C, arithmetic) for x in (theta, a, eta)]
     count = 2 * C + 4 + (log_growth(C) * C if arithmetic.log_space else 0.0)
     # Columns M0, S0, then the tokens, as the rows of G and n are written in titans/README.md.
     start = np.zeros((2, C + 2))
@@ -62,22 +61,25 @@ def coefficients_radius(theta: Array, a: Array, eta: Array, arithmetic: Arithmet
 
 def gates(inputs: Inputs, row: int, span: slice, arithmetic: Arithmetic) -> Iterator[Ball]:
     """theta, a and eta of a piece, shape (H, L, 1, 1), with what their logs cost, bound (B8)."""
-    logs = log_roundings(span.stop - span.start) if arithmetic.log_space else float(inputs.log_gates)
+    L = span.stop - span.start
     for name in ("theta", "alpha", "eta"):
         x = given(getattr(inputs, name)[row, span].T[..., None, None], arithmetic)
         if inputs.log_gates:
             gate = np.exp(x.mid)
-            rad, log = (np.where(gate > 0, part, 0) for part in (gate * x.rad, x.mid))
-            yield _gate(ball(gate, rad), log, logs, arithmetic)
+            log = np.where(gate > 0, x.mid, 0)
+            # exp rounds its argument once, for whoever uses the gate; log space has none of it
+            argument = 0 if arithmetic.log_space else arithmetic.unit * np.abs(log)
+            yield _gate(gate, np.where(gate > 0, gate * (x.rad + argument), 0), log, L, arithmetic)
         elif name == "alpha":
-            yield _gate(ball(1 - x.mid, x.rad), np.where(x.mid < 1, np.log1p(-x.mid), 0), logs, arithmetic)
+            yield _gate(1 - x.mid, x.rad, np.where(x.mid < 1, np.log1p(-x.mid), 0), L, arithmetic)
         else:
-            yield _gate(x, _log(x.mid), logs, arithmetic)
+            yield _gate(x.mid, x.rad, _log(x.mid), L, arithmetic)
 
 
-def _gate(gate: Ball, log: Array, count: float, arithmetic: Arithmetic) -> Ball:
-    """A gate whose log meets `count` roundings, each relative to the log."""
-    return ball(gate.mid, gate.rad + count * arithmetic.unit * np.abs(log) * gate.mid)
+def _gate(gate: Array, rad: Array, log: Array, L: int, arithmetic: Arithmetic) -> Ball:
+    """A gate of a piece of L tokens; in log space with what the roundings of its log do wherever it is used."""
+    drift = 1.01 * log_roundings(L) * arithmetic.unit * np.abs(log) if arithmetic.log_space else 0.0
+    return ball(gate, rad, drift)
 
 
 def _log(x: Array) -> Array:

@@ -1,5 +1,6 @@
 """The bounds hold for evaluations in different orders, are not vacuous, and are exceeded by wrong ones."""
 
+import math
 from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import cache
@@ -402,6 +403,18 @@ def test_radii_grow_with_the_unit_roundoff() -> None:
     one, two = (gradient_radius(inputs, cotangents, x) for x in (FLOAT32, coarse))
     assert (two[0].o > one[0].o).all()
     assert (two[1].q > one[1].q).all()
+
+
+def test_roundings_of_logs_do_not_cancel_where_the_terms_that_they_are_in_do() -> None:
+    """(B8): dk of the first token is -2 u (G_00 - G_10) = 0; both coefficients are theta, each by its own exp."""
+    one, zero = torch.ones(1, 2, 1, 1), torch.zeros(1, 2, 1)
+    theta = torch.tensor([2.0**-60, 0]).reshape(1, 2, 1)
+    inputs = oracle.Inputs(one, one, 2 * one, None, None, theta, zero, zero, chunk_size=2)
+    cotangents = oracle.Cotangents(o=torch.tensor([1.0, -1.0]).reshape(1, 2, 1, 1))
+    log = replace(FLOAT32, log_space=True)
+    linear, logs = (gradient_radius(inputs, cotangents, x)[1].k[0, 0, 0, 0] for x in (FLOAT32, log))
+    terms = 2 * 2 * 2.0**-60 * 2.0  # two terms of 2 theta |u|, |u| = 2
+    assert logs - linear >= terms * (2 * 2 + 4) * FLOAT32.unit * 60 * math.log(2)
 
 
 def test_terms_that_cancel_at_the_end_of_a_chunk_count_on_to_the_end_of_the_block() -> None:
