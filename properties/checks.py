@@ -21,7 +21,7 @@ import oracle
 from oracle import Cotangents, Inputs, bounds
 from oracle.formats import context, exact
 from properties.isolation import DeviceLost, is_fatal
-from properties.problem import Problem
+from properties.problem import HALF, Problem
 
 Results = dict[str, Tensor]
 Truth = dict[str, NDArray[np.object_]]
@@ -142,6 +142,8 @@ class Tally:
     calls: int = 0
     examples: int = 0
     ill_conditioned: int = 0
+    half: int = 0
+    half_ill_conditioned: int = 0
     finite: int = 0
     exact: int = 0
     error: float = 0.0
@@ -157,12 +159,15 @@ class Tally:
     now: "Example" = field(default_factory=lambda: Example())
     last: "Example" = field(default_factory=lambda: Example())
 
-    def close_example(self, law: str, problem: Problem) -> None:
+    def close_example(self, implementation: Implementation, law: str, problem: Problem) -> None:
         """Count the example that just ended, if the oracle was asked in it."""
         now, self.now, self.last = self.now, Example(), self.now
         self.calls += 1
         self.examples += now.compared
         self.ill_conditioned += now.unsure
+        if implementation.tensor_cores and problem.dtype in HALF:
+            self.half += now.compared
+            self.half_ill_conditioned += now.unsure
         self.finite += now.compared and not now.overflows
         self.exact += now.exact
         self.error = max(self.error, now.error)
@@ -240,7 +245,7 @@ def law(
                     raise DeviceLost from error
                 raise
             finally:
-                TALLY.close_example(function.__name__, problem)
+                TALLY.close_example(implementation, function.__name__, problem)
 
         found = Property(checked, problems, frozenset(needs), share)
         PROPERTIES[function.__name__] = found

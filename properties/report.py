@@ -12,7 +12,8 @@ PREFIX = "titans."
 REPLAYED = ("test_fixture", "test_ratchet")
 RATCHET = Path(__file__).parent / "ratchet.json"
 # The share of examples that may be ill-conditioned, where there are enough: 1 in 25 is, so difficult are they drawn.
-ILL_CONDITIONED, ENOUGH = 0.1, 1000
+# It is more where products have operands of half precision: 1 in 3.
+ILL_CONDITIONED, HALF_ILL_CONDITIONED, ENOUGH = 0.1, 0.5, 1000
 GATES = ("theta", "alpha", "eta")
 
 
@@ -33,9 +34,9 @@ class Verdict:
         The claims without which the law says nothing.
     calls : int
         Problems put before the law.
-    examples, ill_conditioned, finite, exact : int
-        How many of them were compared with the oracle; where the bound says nothing; where every number had to be
-        finite; where every bit had to be right.
+    examples, ill_conditioned, half, half_ill_conditioned, finite, exact : int
+        How many of them were compared with the oracle; where the bound says nothing; both with products whose operands
+        have half precision; where every number had to be finite; where every bit had to be right.
     error, ratio : float
         The worst error in ulps of the largest number of its result, and the worst error / bound.
     result, problem : str
@@ -60,6 +61,8 @@ class Verdict:
     calls: int = 0
     examples: int = 0
     ill_conditioned: int = 0
+    half: int = 0
+    half_ill_conditioned: int = 0
     finite: int = 0
     exact: int = 0
     error: float = 0.0
@@ -170,9 +173,18 @@ def too_many_ill_conditioned(verdicts: list[Verdict]) -> str:
     """Say so where the bounds say nothing of too many examples of an implementation."""
     for name in dict.fromkeys(row.implementation for row in verdicts):
         rows = [row for row in verdicts if row.implementation == name and row.law not in REPLAYED]
-        examples, unsure = sum(row.examples for row in rows), sum(row.ill_conditioned for row in rows)
-        if examples >= ENOUGH and unsure > ILL_CONDITIONED * examples:
-            return f"{unsure} of the {examples} examples of {name} are ill-conditioned: the run says too little"
+        examples, unsure, half, half_unsure = (
+            sum(getattr(row, fact) for row in rows)
+            for fact in ("examples", "ill_conditioned", "half", "half_ill_conditioned")
+        )
+        if examples < ENOUGH:
+            continue
+        for kind, of, some, share in (
+            ("", examples - half, unsure - half_unsure, ILL_CONDITIONED),
+            (" in half precision", half, half_unsure, HALF_ILL_CONDITIONED),
+        ):
+            if some > share * of:
+                return f"{some} of the {of} examples of {name}{kind} are ill-conditioned: the run says too little"
     return ""
 
 
@@ -211,9 +223,15 @@ def bound(verdicts: list[Verdict]) -> list[str]:
     names = list(dict.fromkeys(row.implementation for row in compared))
     lines.append(f"    {'':38}" + "".join(f"{name:>20}" for name in names))
     rows = {name: [row for row in compared if row.implementation == name] for name in names}
-    for title, fact in (("examples", "examples"), ("ill-conditioned", "ill_conditioned")):
-        counts = (sum(getattr(row, fact) for row in rows[name] if row.law not in REPLAYED) for name in names)
-        lines.append(f"    {title:38}" + "".join(f"{count:20}" for count in counts))
+    for title, fact in (
+        ("examples", "examples"),
+        ("ill-conditioned", "ill_conditioned"),
+        ("examples, half", "half"),
+        ("ill-conditioned, half", "half_ill_conditioned"),
+    ):
+        counts = [sum(getattr(row, fact) for row in rows[name] if row.law not in REPLAYED) for name in names]
+        if any(counts) or fact in ("examples", "ill_conditioned"):
+            lines.append(f"    {title:38}" + "".join(f"{count:20}" for count in counts))
     for title, (stage, results, aim) in STAGES.items():
         loosest = [slack(rows[name], stage, results) for name in names]
         if any(loosest):

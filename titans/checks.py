@@ -68,7 +68,7 @@ def check_gate(name: str, gate: Any, q: Tensor, axes: str) -> Tensor:
     """`gate` must have the shape of q without D, with or without a last axis of 1, which is dropped."""
     shape = tuple(q.shape[:-1])
     if isinstance(gate, Tensor) and gate.ndim == q.ndim and tuple(gate.shape) == (*shape, 1):
-        gate = gate[..., 0]
+        gate = gate.squeeze(-1)  # a view backward, too
     check_tensor(name, gate, shape, axes, q.device)
     assert isinstance(gate, Tensor)
     return gate

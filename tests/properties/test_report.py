@@ -109,6 +109,7 @@ def test_bounds_that_are_made_of_narrow_operands_stand_apart() -> None:
     kernels = replace(implementation("chunk", "cpu"), blocks=True, tensor_cores=True)
     for dtype in ("float32", "bfloat16"):
         PROPERTIES[LAW].law(kernels, replace(PIECE, dtype=dtype))
+    assert (TALLY.examples, TALLY.half) == (2, 1)
     table = report.bound([Verdict("", LAW, "chunk", "pass", **TALLY.facts())])
     assert [line.split("  ")[2] for line in table if "state" in line] == [
         "state of a piece, plain",
@@ -126,6 +127,12 @@ def test_the_table_names_the_fixture_that_fails() -> None:
 def test_a_run_says_too_little_where_a_tenth_is_ill_conditioned(unsure: int, too_many: bool) -> None:
     rows = [Verdict("", LAW, "chunk", "pass", examples=1000, ill_conditioned=n) for n in (unsure, 0)]
     assert bool(report.too_many_ill_conditioned(rows)) == too_many
+
+
+@pytest.mark.parametrize(("unsure", "too_many"), [(250, False), (251, True)])
+def test_more_may_be_in_half_precision_but_no_more_than_half(unsure: int, too_many: bool) -> None:
+    counts = {"examples": 1000, "half": 500, "ill_conditioned": unsure + 50, "half_ill_conditioned": unsure}
+    assert bool(report.too_many_ill_conditioned([Verdict("", LAW, "chunk", "pass", **counts)])) == too_many
 
 
 def test_such_a_run_fails() -> None:
