@@ -12,7 +12,7 @@ PREFIX = "titans."
 REPLAYED = ("test_fixture", "test_ratchet")
 RATCHET = Path(__file__).parent / "ratchet.json"
 # The share of examples that may be ill-conditioned, where there are enough: 1 in 25 is, so difficult are they drawn.
-# It is more where products have operands of half precision: 1 in 3.
+# It is more where products have operands of half precision: 2 in 7.
 ILL_CONDITIONED, HALF_ILL_CONDITIONED, ENOUGH = 0.1, 0.5, 1000
 GATES = ("theta", "alpha", "eta")
 
