@@ -106,7 +106,7 @@ NORM = (
     fault("residual v instead of v - k", "inner", "return v if w is None else v - k", "return v", VALUES, NUMBERS),
     fault("readout without its residual", "inner", "return y + norm(y, eps)[0] * w + b",
           "return norm(y, eps)[0] * w + b", VALUES, NUMBERS),
-    fault("second derivative of r with one r", "inner", "(r * r * dr / D)", "(r * dr / D)", GRADIENTS, FLAT),
+    fault("second derivative of r with one r", "inner", "(r * r * dr / D)", "(r * dr / D)", GRADIENTS, ANY_LENGTH),
     fault("k forgotten as a target", "chunk", "grad.k if x.w is None else grad.k - dtarget", "grad.k", GRADIENTS,
           NUMBERS),
     fault("gradient of w summed over all heads", "chunk", "(do * y_normed).sum((0, 2))",
