@@ -192,13 +192,13 @@ CALLS = (
           "torch.minimum((step + 1) * chunk_size - begun[sequence], lengths[sequence])",
           "torch.minimum((step + 1) * chunk_size - begun[sequence], B * T - starts[sequence])", PACKED, VALUES),
     fault("an empty sequence shifts the states", "op", "slice(n, n + 1))",
-          "slice(m := max(len(set(bounds[: n + 1])) - 1, 0), m + 1))", PACKED, VALUES, backend="recurrent"),
+          "slice(m := max(len(set(bounds[: n + 1])) - 1, 0), m + 1))", PACKED, backend="recurrent"),
     fault("heads and tokens not transposed", "pieces", "return pieces.transpose(1, 2).contiguous()",
           "return pieces.reshape(pieces.shape[0], pieces.shape[2], -1, *pieces.shape[3:])", VALUES, PERMUTED),
     fault("offsets wrap around", "pieces", "torch.where(padding, 0, starts[sequence, None] + token)",
           "torch.where(padding, 0, (starts[sequence, None] + token) % 32)", VALUES, GRADIENTS),
     fault("an input changed in place", "op", "    M, S, anchor, offset = _initial_state(initial_state, N, q)",
-          "    alpha.detach().clamp_(max=1 - 2**-11)\n"
+          "    alpha.detach().clamp_(2**-11, 1 - 2**-11)\n"
           "    M, S, anchor, offset = _initial_state(initial_state, N, q)", LAYOUT, VALUES),
     fault("sum in another order each time", "chunk", "f * S[live] + k_T @ (G * u[now])",
           f"f * S[live] + (lambda p: k_T[..., p] @ (G * u[now])[..., p, :])({SHUFFLED})", SAME, FRESH),

@@ -49,7 +49,18 @@ def check_part(implementation: Implementation, problem: Problem, part: Part) -> 
         same(part.select_all({name: x for name, x in whole.items() if name not in ("offset", *sums)}), results)
 
 
-@law("5.3", problems=problems(packed=True, wild=False, most=12, sequences=4), needs=["varlen"])
+@st.composite
+def packed_with_empty(draw: st.DrawFn) -> Problem:
+    """Draw packed sequences, often with an empty one among them."""
+    problem = draw(problems(packed=True, wild=False, most=12))
+    if draw(st.booleans()):
+        at = draw(st.integers(0, problem.sequences))
+        lengths, offsets = ((*x[:at], 0, *x[at:]) for x in (problem.lengths, problem.offsets))
+        problem = replace(problem, lengths=lengths, offsets=offsets if problem.offsets else ())
+    return problem
+
+
+@law("5.3", problems=packed_with_empty(), needs=["varlen"])
 def test_packed_sequences_are_separate(implementation: Implementation, problem: Problem) -> None:
     check(implementation, problem)
     for n, length in enumerate(problem.lengths):
