@@ -29,7 +29,7 @@ COMMON: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthChec
 settings.register_profile("dev", max_examples=50, **COMMON)
 settings.register_profile("smoke", max_examples=4, database=None, **COMMON)
 settings.register_profile("ci", max_examples=50, derandomize=True, database=None, print_blob=False, **COMMON)
-settings.register_profile("deep", max_examples=700, **COMMON)
+settings.register_profile("deep", max_examples=2000, **COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 

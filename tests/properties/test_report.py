@@ -129,12 +129,6 @@ def test_a_run_says_too_little_where_a_tenth_is_ill_conditioned(unsure: int, too
     assert bool(report.too_many_ill_conditioned(rows)) == too_many
 
 
-@pytest.mark.parametrize(("unsure", "too_many"), [(250, False), (251, True)])
-def test_more_may_be_in_half_precision_but_no_more_than_half(unsure: int, too_many: bool) -> None:
-    counts = {"examples": 1000, "half": 500, "ill_conditioned": unsure + 50, "half_ill_conditioned": unsure}
-    assert bool(report.too_many_ill_conditioned([Verdict("", LAW, "chunk", "pass", **counts)])) == too_many
-
-
 def test_such_a_run_fails() -> None:
     law = f"properties/test_oracle.py::{LAW}"
     run = (law, "--backends", "chunk", "--replay", PROBLEM.to_json())

@@ -148,5 +148,5 @@ def backward(
         call.theta, call.alpha, call.eta, *at, drows, dG, drows_k, dG_k, dends, dend, torch.empty_like(dG),
         dtheta, dalpha, deta, **sizes(call, layout), LOG=call.log_gates, num_warps=1,
     )  # fmt: skip
-    dw, db = (None, None) if call.w is None else dwb.sum(1)
+    dw, db = (None, None) if call.w is None else (part.sum(0) for part in dwb)
     return dq, dk, dv, dw, db, dtheta, dalpha, deta, dM_in, dS_in, danchor_in
