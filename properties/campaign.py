@@ -8,6 +8,7 @@ from typing import Any
 from hypothesis import Phase, given, seed, settings
 from hypothesis.database import ExampleDatabase
 
+from properties import independent
 from properties.checks import Implementation, Law, Property
 from properties.problem import Problem
 
@@ -33,8 +34,8 @@ class Shard:
         """Return a law as a test of this shard's problems.
 
         Every shard draws every problem and passes over those of the others. What came before must not change what comes
-        next: nothing is taken from a database or steered by what was seen, and from the first failure on, when
-        Hypothesis shrinks it, each problem is this shard's.
+        next: nothing is taken from a database or steered by what was seen, so that every example is drawn
+        independently, and from the first failure on, when Hypothesis shrinks it, each problem is this shard's.
         """
         drawn, failed = 0, False
 
@@ -52,7 +53,7 @@ class Shard:
 
         whole = law.test(share)._hypothesis_internal_use_settings  # type: ignore[attr-defined]
         phases = [phase for phase in whole.phases if phase not in (Phase.reuse, Phase.target)]
-        test = settings(whole, phases=phases)(given(problem=law.problems)(shared))
+        test = settings(whole, phases=phases, backend=independent.NAME)(given(problem=law.problems)(shared))
         return test if whole.derandomize else seed(random_seed)(test)
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from properties import campaign, checks, implementations, isolation, report
+from properties import campaign, checks, implementations, independent, isolation, report
 from properties.implementations import BACKENDS, DEFAULT, devices
 from properties.problem import Problem
 
@@ -25,11 +25,16 @@ SHARD = pytest.StashKey[campaign.Shard | None]()
 SUBJECTS = pytest.StashKey[dict[str, checks.Implementation]]()
 
 # The first example of a process imports, compiles and warms up: no deadline, and slowness is no sign of ill health.
-COMMON: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+COMMON: dict[str, Any] = {
+    "deadline": None,
+    "suppress_health_check": [HealthCheck.too_slow],
+    "backend": independent.NAME,
+}
 settings.register_profile("dev", max_examples=50, **COMMON)
 settings.register_profile("smoke", max_examples=4, database=None, **COMMON)
 settings.register_profile("ci", max_examples=50, derandomize=True, database=None, print_blob=False, **COMMON)
-settings.register_profile("deep", max_examples=2000, **COMMON)
+# Only with its own backend does Hypothesis steer by what it saw.
+settings.register_profile("deep", max_examples=2000, **COMMON | {"backend": "hypothesis"})
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 

@@ -52,7 +52,7 @@ def check_part(implementation: Implementation, problem: Problem, part: Part) -> 
 @st.composite
 def packed_with_empty(draw: st.DrawFn) -> Problem:
     """Draw packed sequences, often with an empty one among them."""
-    problem = draw(problems(packed=True, wild=False, most=12))
+    problem = draw(problems(packed=True, fewest=2, wild=False, most=12))
     if draw(st.booleans()):
         at = draw(st.integers(0, problem.sequences))
         lengths, offsets = ((*x[:at], 0, *x[at:]) for x in (problem.lengths, problem.offsets))

@@ -1,6 +1,7 @@
 """The strategies reach every edge that they were written for, and often."""
 
 import functools
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -10,6 +11,8 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 
 from oracle import Inputs
+from properties import conftest as conftest  # It registers the profiles.
+from properties import independent
 from properties.problem import Problem
 from properties.strategies import PRIMES, explicit, problems, split
 
@@ -115,7 +118,7 @@ def reached() -> Counter[str]:
 
     @settings(
         max_examples=DRAWS, phases=[Phase.generate], database=None, derandomize=True, deadline=None,
-        suppress_health_check=list(HealthCheck),
+        suppress_health_check=list(HealthCheck), backend=independent.NAME,
     )  # fmt: skip
     @given(problem=split(problems()))
     def draw(problem: Problem) -> None:
@@ -129,6 +132,21 @@ def reached() -> Counter[str]:
 @pytest.mark.parametrize("edge", EDGES)
 def test_the_strategy_reaches(edge: str) -> None:
     assert reached()[edge] >= ENOUGH
+
+
+@pytest.mark.parametrize("profile", ["dev", "smoke", "ci"])
+def test_examples_are_independent(profile: str) -> None:
+    # Sizes are drawn first: a variation of an example has its sizes. By chance fewer than one in a hundred has.
+    sizes: list[tuple[object, ...]] = []
+    quick = {"max_examples": 200, "phases": [Phase.generate], "database": None, "derandomize": True}
+
+    @settings(settings.get_profile(profile), **quick)
+    @given(problem=problems())
+    def draw(problem: Problem) -> None:
+        sizes.append((problem.lengths, problem.D, problem.C, problem.H, problem.dtype))
+
+    draw()
+    assert sum(x == y for x, y in itertools.pairwise(sizes)) <= 8
 
 
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
