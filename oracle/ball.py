@@ -27,6 +27,8 @@ class Arithmetic:
         Largest finite number; where an intermediate result may come within a factor 4 of it the radius is infinite.
     operand, operand_tiny : float
         The same for the operands of dots, where these are rounded to a narrower format first; 0 where they are not.
+    given_operand : float
+        `operand` for those that are q or k: 0 where they come in that narrower format.
     log_space : bool
         Whether the chunk coefficients are computed as exp of sums of logs.
     block : int
@@ -39,6 +41,7 @@ class Arithmetic:
     huge: float
     operand: float = 0.0
     operand_tiny: float = 0.0
+    given_operand: float = 0.0
     log_space: bool = False
     block: int = 0
 
@@ -46,7 +49,7 @@ class Arithmetic:
         """Number of chunks in a block."""
         return max(1, self.block // chunk_size)
 
-    def rounded(self, x: Ball, count: float | Array, operands: int = 0) -> Ball:
+    def rounded(self, x: Ball, count: float | Array, operands: tuple[int, int] = (0, 0)) -> Ball:
         """Charge a polynomial for its roundings, bound (B1), and start a new one from its value.
 
         Parameters
@@ -55,13 +58,15 @@ class Arithmetic:
             The polynomial, with radius and majorants.
         count : float or Array, broadcastable to x
             The most roundings that any of its monomials meets.
-        operands : int
-            The most roundings of dot operands among them.
+        operands : tuple of int
+            The most dot operands among its factors: that are q or k, and that are computed.
         """
+        given, computed = operands
         # n factors 1 + d or 1 / (1 + d), |d| <= u <= 2^-8, differ from 1 by at most exp(1.01 n u) - 1
-        relative = np.expm1(1.01 * (count * self.unit + operands * self.operand))
+        narrowed = given * self.given_operand + computed * self.operand
+        relative = np.expm1(1.01 * (count * self.unit + narrowed))
         rad = x.rad + relative * (x.mag + x.drift) + x.drift
-        rad = rad + (count * self.tiny + operands * self.operand_tiny) * x.cap
+        rad = rad + (count * self.tiny + (given + computed) * self.operand_tiny) * x.cap
         # false for NaN, which is 0 times infinity here: nothing is known then
         known = (x.cap < self.huge / 4) & (rad < np.inf)
         return ball(x.mid, np.where(known, rad, np.inf))
@@ -197,8 +202,11 @@ def arithmetic_for(dtype: torch.dtype, *, log_space: bool = False, operand: torc
         return arithmetic
     narrow = torch.finfo(operand)
     # A narrow format keeps its subnormals when a number is rounded to it.
-    return Arithmetic(
-        computed.eps / 2, computed.tiny, computed.max, narrow.eps / 2, narrow.tiny * narrow.eps, log_space
+    return replace(
+        arithmetic,
+        operand=narrow.eps / 2,
+        operand_tiny=narrow.tiny * narrow.eps,
+        given_operand=0.0 if dtype == operand else narrow.eps / 2,
     )
 
 
@@ -216,7 +224,8 @@ def kernel_arithmetic(dtype: torch.dtype, width: int, *, tensor_cores: bool) -> 
         return replace(arithmetic_for(dtype), block=block)
     float32 = torch.finfo(torch.float32)
     operand = {torch.float32: 1.5 * 2.0**-22, torch.float16: 2.0**-10, torch.bfloat16: 2 * 2.0**-8}[dtype]
-    return Arithmetic(float32.eps, float32.tiny, float32.max, operand, float32.tiny, block=block)
+    given = operand if dtype == torch.float32 else 0.0
+    return Arithmetic(float32.eps, float32.tiny, float32.max, operand, float32.tiny, given, block=block)
 
 
 FLOAT32 = arithmetic_for(torch.float32)

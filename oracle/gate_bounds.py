@@ -99,6 +99,6 @@ def log_growth(L: int) -> float:
 
 
 def given(x: Tensor, arithmetic: Arithmetic) -> Ball:
-    """An argument: exact, unless it comes in a wider format than that of the arithmetic."""
+    """An argument: exact, unless it comes in a wider format than that of the arithmetic, with a wider range."""
     mid = doubles(x)
-    return ball(mid, arithmetic.unit * np.abs(mid) if torch.finfo(x.dtype).eps / 2 < arithmetic.unit else None)
+    return ball(mid, arithmetic.unit * np.abs(mid) if torch.finfo(x.dtype).tiny < arithmetic.tiny else None)

@@ -55,8 +55,12 @@ class Tokens:
         return (self.per_token + 1) * self.length + max(2 * D, min(D * D, 2 * D + 16)) + 10
 
 
-# The most dot operands in one monomial of y, of a state or of a cotangent: q, k, u and the weight G_tj (q . k).
-OPERANDS = 4
+# The most dot operands in one monomial, those that are q or k and those that are computed. In k A:
+RECALL = (1, 1)
+# in a state, an output, or what a gate, a state or u is given: q, k, and u (or dy) and the weight G_tj (q . k);
+OPERANDS = (2, 2)
+# in what q or k is given: k or q, and u, dy and the weight G_tj (u . dy).
+OPERANDS_OF_ROWS = (1, 3)
 
 
 @dataclass(frozen=True)
@@ -179,9 +183,9 @@ def run_piece(tokens: Tokens, M: Ball, S: Ball, anchor: Ball, arithmetic: Arithm
     y = tokens.k @ anchor
     given = None
     if w is None or b is None:
-        u = rounded(y - tokens.v, tokens.width + 1, 2)
+        u = rounded(y - tokens.v, tokens.width + 1, RECALL)
     else:
-        given = inner(rounded(y, tokens.width, 2), tokens, w, b, arithmetic)
+        given = inner(rounded(y, tokens.width, RECALL), tokens, w, b, arithmetic)
         u = given.u
     kicks = (tokens.theta * outer(tokens.k, u)).times(2)
     memories, momenta = [M], [S]
@@ -237,7 +241,7 @@ def reverse_piece(piece: Piece, do: Ball, dM: Ball, dS: Ball, arithmetic: Arithm
         d_recall, dz, dw = inner_vjp(piece.inner, w, du, arithmetic)
         dk, dv = dk + dz, -dz
         dw, db = dw + do * piece.read.x, dz + do
-    dk = rounded(dk + d_recall @ piece.anchor.mT, roundings + 2, OPERANDS)
+    dk = rounded(dk + d_recall @ piece.anchor.mT, roundings + 2, OPERANDS_OF_ROWS)
 
     gates = (
         (k_dS * piece.u).sum()[..., None],
@@ -246,7 +250,7 @@ def reverse_piece(piece: Piece, do: Ball, dM: Ball, dS: Ball, arithmetic: Arithm
     )
     dtheta, da, deta = (rounded(x, tokens.gate_roundings, OPERANDS) for x in gates)
     return PieceGradient(
-        q=rounded((piece.M[:, 1:] @ dy[..., None])[..., 0], tokens.row_roundings, OPERANDS),
+        q=rounded((piece.M[:, 1:] @ dy[..., None])[..., 0], tokens.row_roundings, OPERANDS_OF_ROWS),
         k=dk, v=dv, w=dw, b=db, theta=dtheta, a=da, eta=deta, M=dM, S=dS, anchor=k.mT @ d_recall,
     )  # fmt: skip
 

@@ -18,6 +18,8 @@ PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23)
 EPS = (1e-6, 1e-5, 1e-3, 1.0)
 # What one problem may cost the oracle: tokens * heads * D^2.
 CELLS = 1200
+# Learning rates of problems that amplify next to nothing.
+CALM_THETA_LEVELS = ("2^-4", "2^-5", "2^-6", "0")
 
 
 @st.composite
@@ -93,6 +95,9 @@ def problems(
 ) -> Problem:
     """Draw any problem within these choices; whatever is `fixed` has that value.
 
+    Of those in half precision every other one is calm: it amplifies less. On tensor cores operands keep 8 or 11 bits,
+    and where more is made of their errors, nothing is left that a bound could promise.
+
     Parameters
     ----------
     D, C, memories, dtypes, initial, unit_levels, theta_levels : sequence
@@ -109,6 +114,10 @@ def problems(
         Fields of `Problem`, or strategies for them.
     """
     memory, dtype = draw(st.sampled_from(memories)), draw(st.sampled_from(dtypes))
+    calm = draw(st.booleans()) and dtype in HALF
+    if calm:
+        D, most, wild = [x for x in D if x <= 4] or D, min(most, 8), False
+        theta_levels = CALM_THETA_LEVELS if theta_levels is THETA_LEVELS else theta_levels
     width, chunk, H = draw(st.sampled_from(D)), draw(st.sampled_from(C)), draw(st.integers(1, heads))
     is_packed = draw(st.booleans()) if packed is None else packed
     N = draw(st.integers(fewest, sequences))
@@ -138,7 +147,10 @@ def problems(
         "log_gates": st.booleans() if log_gates is None else st.just(log_gates),
         "eps": st.sampled_from(EPS),
         "gate_dtype": st.sampled_from(narrower),
-    } | fixed
+    }
+    if calm:
+        fields |= {"k": "unit 0", "state": "random -4", "eps": 1.0}
+    fields |= fixed
     if memory == "plain":
         fields = {name: fields[name] for name in fields if name not in ("w", "b", "eps")}
     return Problem(

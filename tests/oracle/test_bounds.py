@@ -20,6 +20,7 @@ from oracle.bounds import (
     coefficients_radius,
     forward_radius,
     gradient_radius,
+    kernel_arithmetic,
 )
 
 # SPEC section 4 and issue 4: the worst error seen must come this close to the bound, per stage and end to end.
@@ -397,6 +398,27 @@ def test_rounded_operands_widen_every_bound_of_a_product() -> None:
     assert (narrow[1].k > exact_operands[1].k).all()
 
 
+def test_operands_that_need_no_rounding_cost_nothing() -> None:
+    inputs, cotangents = problem(104)
+    arithmetic = kernel_arithmetic(torch.bfloat16, inputs.q.shape[-1], tensor_cores=True)
+    exact, rounded = (
+        gradient_radius(inputs, cotangents, replace(arithmetic, given_operand=given))
+        for given in (arithmetic.given_operand, arithmetic.operand)
+    )
+    assert arithmetic.given_operand == 0
+    assert (exact[0].o < rounded[0].o).all()
+    assert (exact[1].q < rounded[1].q).all()
+
+
+def test_float32_gates_are_exact_whatever_tensor_cores_accumulate_in() -> None:
+    one = torch.ones(1, 1, 1, 1)
+    inputs = oracle.Inputs(
+        one, one, one, None, None, 0 * one[..., 0], (1 - 2.0**-24) * one[..., 0], one[..., 0], 1e-6, 1, M=one
+    )
+    radius = forward_radius(inputs, kernel_arithmetic(torch.float32, 1, tensor_cores=True))
+    assert radius.M.max() < 2.0**-24 * 2.0**-16
+
+
 def test_radii_grow_with_the_unit_roundoff() -> None:
     inputs, cotangents = problem(105)
     coarse = Arithmetic(2 * FLOAT32.unit, FLOAT32.tiny, FLOAT32.huge)
@@ -425,7 +447,7 @@ def test_terms_that_cancel_at_the_end_of_a_chunk_count_on_to_the_end_of_the_bloc
         chunk_size=1, M=torch.ones(1, 1, 1, 1), S=-torch.ones(1, 1, 1, 1), anchor=torch.ones(1, 1, 1, 1), offset=(0,),
     )  # fmt: skip
     # as if operands were rounded so coarsely that nothing else counts
-    coarse = replace(FLOAT32, operand=2.0**-10)
+    coarse = replace(FLOAT32, operand=2.0**-10, given_operand=2.0**-10)
     chunk_by_chunk, in_one_block = (forward_radius(inputs, x).o for x in (coarse, replace(coarse, block=16)))
     assert in_one_block[0, 0] == chunk_by_chunk[0, 0]
     # M_1 is 0, and counts chunk by chunk as no more than twice its radius; in the block, as its two terms of size 1
@@ -446,7 +468,7 @@ def test_cotangents_that_cancel_at_the_start_of_a_chunk_count_on_to_the_start_of
     )  # fmt: skip
     flowing = torch.tensor([0.0, do]).reshape(1, 2, 1, 1)  # from o_2 alone
     cotangents = oracle.Cotangents(flowing, *(torch.full((1, 1, 1, 1), float(x)) for x in (dM, dS)))
-    coarse = replace(FLOAT32, operand=2.0**-10)
+    coarse = replace(FLOAT32, operand=2.0**-10, given_operand=2.0**-10)
 
     def radius(arithmetic: Arithmetic, last: int = 2) -> float:
         tokens = {x: getattr(inputs, x)[:, :last] for x in ("q", "k", "v", "theta", "alpha", "eta")}
