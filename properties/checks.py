@@ -524,7 +524,12 @@ def compare_one(
 
 
 def in_ulps(error: float, size: float, dtype: torch.dtype) -> float:
-    """Return an error in units of the spacing of a format at a size; below the normal numbers that is constant."""
+    """Return an error in units of the spacing of a format at a size; below the normal numbers that is constant.
+
+    Beyond float64 there is no spacing, and no error counts.
+    """
+    if math.isinf(size):
+        return 0.0
     form = torch.finfo(dtype)
     return error / (form.eps * 2.0 ** math.floor(math.log2(max(size, form.tiny))))
 
