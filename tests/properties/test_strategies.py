@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from oracle import Inputs
 from properties import conftest as conftest  # It registers the profiles.
 from properties import independent
-from properties.problem import Problem
+from properties.problem import HALF, Problem
 from properties.strategies import PRIMES, explicit, problems, split
 
 DRAWS = 1500
@@ -107,6 +107,8 @@ EDGES: dict[str, Edge] = {
     "one huge token": lambda p, x: any(v.startswith("spike") for v in (p.q, p.k, p.v)),
     **{f"{name}": lambda p, x, name=name: p.dtype == name for name in ("float32", "float64", "bfloat16", "float16")},
     "half-precision gates with float32 values": lambda p, x: p.dtype == "float32" and p.gate_dtype == "bfloat16",
+    "half precision, calm": lambda p, x: p.dtype in HALF and p.D > 2 and (p.k, p.state) == ("unit 0", "random -4"),
+    "half precision, not calm": lambda p, x: p.dtype in HALF and max(p.lengths) > 8 < p.D * p.H,
     "only the final state has a cotangent": lambda p, x: p.cotangent == "M S anchor",
 }  # fmt: skip
 
