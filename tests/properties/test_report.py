@@ -2,17 +2,20 @@
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from properties import checks, report
-from properties.checks import PROPERTIES, TALLY, LawBroken
+from properties.checks import PROPERTIES, TALLY, Implementation, LawBroken
 from properties.implementations import implementation
 from properties.problem import Problem
 from properties.report import Verdict
-from properties.test_ratchet import WORSE
+from properties.test_ratchet import ORDERS, WORSE, Order, reordered
 from properties.test_ratchet import test_ratchet as replay_the_ratchet
 from tests.properties.test_laws import run_suite
 
@@ -25,17 +28,43 @@ def seen(error: float) -> list[Verdict]:
     return [Verdict("", LAW, "chunk", "pass", worst={f"{LAW} float32": (error, PROBLEM.to_json())})]
 
 
+def worse(which: Iterator[bool]) -> Implementation:
+    """`chunk`, whose outputs are ten units off in every call of which this says so."""
+    chunk = implementation("chunk", "cpu")
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        o, state = chunk.call(*arguments, **options)
+        return o * (1 + 10 * 2**-23) if next(which) else o, state
+
+    return replace(chunk, call=call)
+
+
 def test_the_ratchet_fails_where_errors_are_four_times_worse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "RATCHET", tmp_path / "ratchet.json")
     TALLY.__init__()
     report.update_ratchet(seen(1e-9))
     with pytest.raises(LawBroken, match="the error was 1e-09 ulp and is"):
-        replay_the_ratchet(implementation("chunk", "cpu"))
+        replay_the_ratchet(worse(repeat(True)))
     error = TALLY.last.error
     assert error > 0
     for stored in (error / WORSE, error * 2):
         report.update_ratchet(seen(stored))
-        replay_the_ratchet(implementation("chunk", "cpu"))
+        replay_the_ratchet(worse(repeat(True)))
+
+
+def test_the_ratchet_bears_bad_luck_in_one_order_of_the_sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "RATCHET", tmp_path / "ratchet.json")
+    report.update_ratchet(seen(1.0))
+    replay_the_ratchet(worse(iter([True, False])))
+    with pytest.raises(LawBroken, match="the error was 1 ulp and is"):
+        replay_the_ratchet(worse(iter([True, True, True])))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("problem", [PROBLEM, replace(PROBLEM, initial="full", offsets=(3,))], ids=["M", "full"])
+def test_features_in_another_order_are_the_same_op(problem: Problem, order: Order) -> None:
+    for law in (LAW, "test_gradients_are_the_oracles"):
+        PROPERTIES[law].law(reordered(implementation("chunk", "cpu"), order), problem)
 
 
 def test_an_update_keeps_what_the_run_did_not_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
