@@ -90,21 +90,20 @@ def chunk_titans_linear(
     checks.check_state("initial_state", initial_state, N, q, chunk_size)
     M, S, anchor, offset = _initial_state(initial_state, N, q)
     call = Call(q, k, v, w, b, theta, alpha, eta, M, S, anchor, offset, cu_seqlens, float(eps), chunk_size, log_gates)
-    o, state = _run(call, backend)
-    return o, state if output_final_state else None
+    o, M, S, anchor = _run(call, backend)
+    return o, TitansState(M, S, anchor, _final_offset(call)) if output_final_state else None
 
 
-def _run(call: Call, backend: str | None) -> tuple[Tensor, TitansState]:
-    """Choose the backend, call it, and put the final state together."""
+def _run(call: Call, backend: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Choose the backend and call it: o, and the final M, S and anchor."""
     call = _follow_autocast(call)
     backend = backend or _default_backend(call)
     _check_backend(call, backend)
     if backend == "recurrent":
         with torch.autocast(call.q.device.type, enabled=False):
-            o, M, S, anchor = _recurrent(call)
-    else:
-        o, M, S, anchor, *_ = chunked(*call, backend)
-    return o, TitansState(M, S, anchor, _final_offset(call))
+            return _recurrent(call)
+    o, M, S, anchor, *_ = chunked(*call, backend)
+    return o, M, S, anchor
 
 
 def _follow_autocast(call: Call) -> Call:
@@ -187,10 +186,10 @@ def titans_linear_step(
     if backend == "triton":
         _check_backend(call, backend)
         o, M, S, anchor, offset = step(*call)
-        state = TitansState(M, S, anchor, offset)
     else:
-        o, state = _run(call, backend)
-    return o[:, 0], state
+        o, M, S, anchor = _run(call, backend)
+        offset = _final_offset(call)
+    return o[:, 0], TitansState(M, S, anchor, offset)
 
 
 def _initial_state(

@@ -139,7 +139,7 @@ def backward(
         drows_k, dG_k = torch.empty_like(drows), torch.empty_like(dG)
         anchor_vjp_kernel[(K * H,)](
             call.k, call.v, call.w, call.b, c.rows, c.G, *at, M0, S0, x, r, danchor, dy_k, dk_part, dk, drows_k, dG_k,
-            **flat,
+            **tile,
         )  # fmt: skip
     # make room for what the next kernel needs
     del dM_L, dS_L, dy_k
@@ -148,5 +148,5 @@ def backward(
         call.theta, call.alpha, call.eta, *at, drows, dG, drows_k, dG_k, dends, dend, torch.empty_like(dG),
         dtheta, dalpha, deta, **sizes(call, layout), LOG=call.log_gates, num_warps=1,
     )  # fmt: skip
-    dw, db = (None, None) if call.w is None else (part.sum(0) for part in dwb)
+    dw, db = (None, None) if call.w is None else dwb.sum(1)
     return dq, dk, dv, dw, db, dtheta, dalpha, deta, dM_in, dS_in, danchor_in

@@ -221,7 +221,7 @@ def load_gates(theta, alpha, eta, row, H, length, BC: tl.constexpr, LOG: tl.cons
 @triton.jit
 def element(x, t, BC: tl.constexpr):
     """x[t], for a (BC,) tile."""
-    return tl.sum(tl.where(tl.arange(0, BC) == t, x, 0.0), 0)
+    return tl.sum(tl.gather(x, tl.full((1,), t, tl.int32), 0), 0)
 
 
 @triton.jit

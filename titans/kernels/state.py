@@ -35,6 +35,22 @@ def load_ends(ends, end, at, sub, skip, length, PER, BC: tl.constexpr, BS: tl.co
 
 
 @triton.jit
+def load_raised(x, row, H, length, D: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr, RAISED: tl.constexpr):
+    """`load_rows` in float32, if RAISED by a product with the unit matrix, which is exact in bfloat16.
+
+    Triton keeps in shared memory what the steps to come need, laid out for products. What is no operand of one is read
+    with conflicts between banks, which took a sixth of a step. Longer steps of the reverse have no registers for this.
+    """
+    if RAISED:
+        offs = tl.arange(0, BS)
+        unit = (offs[:, None] == offs[None, :]).to(tl.bfloat16)
+        x_ = tl.dot(unit, load_rows(x, row, H, length, D, BS, BD, tl.bfloat16))
+    else:
+        x_ = load_rows(x, row, H, length, D, BS, BD, tl.float32)
+    return x_
+
+
+@triton.jit
 def step_place(i, r, C, PER, SPLIT: tl.constexpr):
     """Block of step i, which of the block's chunks it is, and the row of the block in which it begins."""
     if SPLIT:
@@ -76,13 +92,14 @@ def state_kernel(
     w_ = load_width(w, h, D, BD) if NORM else 1.0
     b_ = load_width(b, h, D, BD) if NORM else 0.0
     base -= r // BC
+    RAISED: tl.constexpr = (OP == tl.bfloat16) and (BD <= 64)
 
     for s in tl.range(0, steps, num_stages=STAGES):
         i = r // BS + s
         first, length = block_span(i, L, r, C, NB, BS)
         row = (begin + first) * H + h
         k_ = load_rows(k, row, H, length, D, BS, BD, OP)
-        target = load_rows(v, row, H, length, D, BS, BD, tl.float32)
+        target = load_raised(v, row, H, length, D, BS, BD, RAISED)
         block, sub, skip = step_place(i, r, C, PER, SPLIT)
         at = (base + block) * H + h
         n_L, G_L, beta_L, f_L, m_L = load_ends(ends, end, at, sub, skip, length, PER, BC, BS)
@@ -148,6 +165,7 @@ def state_vjp_kernel(
     w_ = load_width(w, h, D, BD) if NORM else 1.0
     b_ = load_width(b, h, D, BD) if NORM else 0.0
     base -= r // BC
+    RAISED: tl.constexpr = (OP == tl.bfloat16) and (BD <= 64) and (BS < 64)
 
     for back in tl.range(0, steps, num_stages=STAGES):
         s = steps - 1 - back
@@ -155,7 +173,7 @@ def state_vjp_kernel(
         first, length = block_span(i, L, r, C, NB, BS)
         row = (begin + first) * H + h
         k_ = load_rows(k, row, H, length, D, BS, BD, OP)
-        du_ = load_rows(du, row, H, length, D, BS, BD, tl.float32)
+        du_ = load_raised(du, row, H, length, D, BS, BD, RAISED)
         block, sub, skip = step_place(i, r, C, PER, SPLIT)
         at = (base + block) * H + h
         n_L, G_L, beta_L, f_L, m_L = load_ends(ends, end, at, sub, skip, length, PER, BC, BS)
@@ -168,8 +186,8 @@ def state_vjp_kernel(
         # the whole of du, of which de and dy are made again in `key_vjp_kernel`
         store_rows(du, du_, row, H, length, D, BS, BD)
         if NORM:
-            target = load_rows(v, row, H, length, D, BS, BD, tl.float32) - k_.to(tl.float32)
-            x_ = load_rows(x, row, H, length, D, BS, BD, tl.float32)
+            target = load_raised(v, row, H, length, D, BS, BD, RAISED) - k_.to(tl.float32)
+            x_ = load_raised(x, row, H, length, D, BS, BD, RAISED)
             r_ = load_column(r_norm, row, H, length, BS)
             mean_e, c = load_pairs(means, row * 2, H * 2, length, BS)
             _, e = inner_residual(x_, target, w_, b_)
