@@ -39,7 +39,7 @@ def load_raised(x, row, H, length, D: tl.constexpr, BS: tl.constexpr, BD: tl.con
     """`load_rows` in float32, if RAISED by a product with the unit matrix, which is exact in bfloat16.
 
     Triton keeps in shared memory what the steps to come need, laid out for products. What is no operand of one is read
-    with conflicts between banks, which took a sixth of a step. Longer steps of the reverse have no registers for this.
+    with conflicts between banks, which took a sixth of a step. Wide heads and long steps of the reverse lack registers.
     """
     if RAISED:
         offs = tl.arange(0, BS)
