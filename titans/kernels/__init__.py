@@ -87,7 +87,7 @@ def forward(call: Call) -> tuple[Tensor, ...]:
     tile, flat = tiles(call, layout), tiles(call, layout, square=False)
     state_kernel[(N * H,)](
         call.k, call.v, call.w, call.b, c.ends, c.end, call.M, call.S, call.anchor, *at[:2],
-        M0, S0, x, r, M, S, anchor, **tile, BS=layout.BS, STAGES=stages(layout)[0], eps=call.eps,
+        M0, S0, x, r, M, S, anchor, **tile, BS=layout.BS, STAGES=stages(layout), eps=call.eps,
     )  # fmt: skip
     output_kernel[(K * H,)](
         call.q, call.k, call.v, call.w, call.b, c.rows, c.G, M0, S0, x, r, *at, o, **flat, eps=call.eps,
@@ -122,7 +122,7 @@ def backward(
     dM_in, dS_in, danchor_in = (torch.empty_like(call.M) for _ in range(3))
     state_vjp_kernel[(N * H,)](
         call.k, call.v, call.w, call.b, c.ends, c.end, x, r, means, *at[:2], dM, dS, danchor,
-        du, dM0, dS0, dM_L, dS_L, dM_in, dS_in, danchor_in, **tile, BS=layout.BS, STAGES=stages(layout)[1],
+        du, dM0, dS0, dM_L, dS_L, dM_in, dS_in, danchor_in, **tile, BS=layout.BS, STAGES=stages(layout),
     )  # fmt: skip
     del dM0, dS0
     dk, dv = (part if part.dtype == call.k.dtype else torch.empty_like(call.k) for part in (dk_part, du))

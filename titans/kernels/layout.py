@@ -101,11 +101,11 @@ def sizes(call: Call, layout: Layout) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def stages(layout: Layout) -> tuple[int, int]:
-    """How many steps are in flight along the chain, forward and backward; what was fastest on an H200."""
+def stages(layout: Layout) -> int:
+    """How many steps are in flight along the chain; in bfloat16, what was fastest on an H200."""
     if layout.BD > 64:
-        return (2, 2) if layout.BS == 64 else (1, 1)
-    return 3, 3
+        return 2 if layout.BS == 64 else 1
+    return 3
 
 
 def tiles(call: Call, layout: Layout, square: bool = True) -> dict[str, Any]:
