@@ -11,11 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from titans.call import Call, compute_dtype
+from titans.arguments import Call, compute_dtype
 from titans.coefficients import Coefficients, coefficients, coefficients_vjp, log_coefficients
 from titans.gates import linear_gates, linear_gates_vjp, logs_of_gates
 from titans.inner import inner_gradient, inner_gradient_vjp, norm, norm_vjp, readout, target
-from titans.pieces import Pieces, cut
+from titans.partition import Pieces, cut
 
 
 class Tokens(NamedTuple):

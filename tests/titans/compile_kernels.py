@@ -17,8 +17,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
-from titans.call import Call
-from titans.registered import chunked, step
+from titans.arguments import Call
+from titans.autograd import chunked, step
 
 D = 64
 TOKENS = ("q", "k", "v", "theta", "alpha", "eta")

@@ -12,10 +12,10 @@ from properties import checks
 from properties.implementations import implementation
 from properties.problem import Problem
 from titans import chunk, chunk_titans_linear
-from titans.call import Call
+from titans.arguments import Call
 from titans.chunk import Tokens
 from titans.coefficients import Coefficients
-from titans.pieces import cut
+from titans.partition import cut
 
 # Gates with zeros and ones among them, near the ends of their ranges, and anywhere.
 GATES = {

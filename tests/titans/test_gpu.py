@@ -26,7 +26,7 @@ from properties.parts import Part
 from properties.problem import Problem
 from tests.poison import poisoned_memory
 from titans import TitansState, chunk, chunk_titans_linear, titans_linear_step
-from titans.call import Call
+from titans.arguments import Call
 
 pytestmark = [
     pytest.mark.gpu,

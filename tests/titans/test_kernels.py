@@ -14,7 +14,7 @@ from properties.implementations import implementation
 from properties.problem import Problem
 from tests.poison import poisoned_memory
 from titans import chunk_titans_linear
-from titans.kernels import layout
+from titans.kernels import tile
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -53,7 +53,7 @@ def test_the_error_model_knows_the_blocks(dtype: torch.dtype, D: int) -> None:
     """(B11): which chunks are one polynomial."""
     arithmetic = kernel_arithmetic(dtype, D, tensor_cores=False)
     for C in range(1, 129):
-        assert arithmetic.chunks(C) == layout.per_chunk(torch.empty(1, D, dtype=dtype), C)[1]
+        assert arithmetic.chunks(C) == tile.per_chunk(torch.empty(1, D, dtype=dtype), C)[1]
 
 
 def test_log_gates_near_zero_add_up() -> None:

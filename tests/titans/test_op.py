@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from titans import TitansState, check_gates, chunk_titans_linear, titans_linear, titans_linear_step
-from titans.call import Call
-from titans.registered import chunked, step
+from titans.arguments import Call
+from titans.autograd import chunked, step
 
 B, T, H, D, C = 3, 7, 2, 4, 3
 NAMES = ("q", "k", "v", "w", "b", "theta", "alpha", "eta")

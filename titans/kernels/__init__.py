@@ -8,12 +8,12 @@ import torch
 import triton
 from torch import Tensor
 
-from titans.call import Call
+from titans.arguments import Call
 from titans.kernels.coefficients import coefficients_kernel, coefficients_vjp_kernel
 from titans.kernels.keys import anchor_vjp_kernel, key_vjp_kernel
-from titans.kernels.layout import Layout, layout_of, max_slots, places, sizes, stages, storage, tiles
 from titans.kernels.output import output_kernel, output_vjp_kernel
 from titans.kernels.state import state_kernel, state_vjp_kernel
+from titans.kernels.tile import Layout, layout_of, max_slots, places, sizes, stages, storage, tiles
 
 __all__ = ["backward", "forward", "kept", "max_slots", "reason_against", "storage"]
 

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from titans.call import Call
+from titans.arguments import Call
 from titans.kernels.device import inner_gradient, linear_gates, load_square, load_width, norm, store_square
 
 

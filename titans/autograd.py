@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from titans import chunk
-from titans.call import Call
+from titans.arguments import Call
 
 # the fields of `Call`
 _CALL = (

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titans import checks
-from titans.call import Call, TitansState, compute_dtype
+from titans import validation
+from titans.arguments import Call, TitansState, compute_dtype
+from titans.autograd import chunked, step
 from titans.gates import linear_gates
 from titans.recurrent import recurrent
-from titans.registered import chunked, step
 
 
 def chunk_titans_linear(
@@ -78,16 +78,16 @@ def chunk_titans_linear(
     TypeError, ValueError
         If an argument breaks a rule above; the message gives the argument, the rule and the value.
     """
-    checks.check_options(eps, chunk_size, backend, output_final_state=output_final_state, log_gates=log_gates)
-    checks.check_tokens(q, k, v, "(B, T, H, D)")
-    checks.check_parameters(w, b, q)
+    validation.check_options(eps, chunk_size, backend, output_final_state=output_final_state, log_gates=log_gates)
+    validation.check_tokens(q, k, v, "(B, T, H, D)")
+    validation.check_parameters(w, b, q)
     theta, alpha, eta = (
-        checks.check_gate(name, gate, q, "(B, T, H)")
+        validation.check_gate(name, gate, q, "(B, T, H)")
         for name, gate in (("theta", theta), ("alpha", alpha), ("eta", eta))
     )
-    checks.check_cu_seqlens(cu_seqlens, q)
+    validation.check_cu_seqlens(cu_seqlens, q)
     N = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-    checks.check_state("initial_state", initial_state, N, q, chunk_size)
+    validation.check_state("initial_state", initial_state, N, q, chunk_size)
     M, S, anchor, offset = _initial_state(initial_state, N, q)
     call = Call(q, k, v, w, b, theta, alpha, eta, M, S, anchor, offset, cu_seqlens, float(eps), chunk_size, log_gates)
     o, M, S, anchor = _run(call, backend)
@@ -170,14 +170,14 @@ def titans_linear_step(
     TypeError, ValueError
         As `chunk_titans_linear`.
     """
-    checks.check_options(eps, chunk_size, backend, log_gates=log_gates)
-    checks.check_tokens(q_t, k_t, v_t, "(B, H, D)", "_t")
-    checks.check_parameters(w, b, q_t)
+    validation.check_options(eps, chunk_size, backend, log_gates=log_gates)
+    validation.check_tokens(q_t, k_t, v_t, "(B, H, D)", "_t")
+    validation.check_parameters(w, b, q_t)
     theta_t, alpha_t, eta_t = (
-        checks.check_gate(name, gate, q_t, "(B, H)")
+        validation.check_gate(name, gate, q_t, "(B, H)")
         for name, gate in (("theta_t", theta_t), ("alpha_t", alpha_t), ("eta_t", eta_t))
     )
-    checks.check_state("state", state, q_t.shape[0], q_t, chunk_size)
+    validation.check_state("state", state, q_t.shape[0], q_t, chunk_size)
     q, k, v, theta, alpha, eta = (x.unsqueeze(1) for x in (q_t, k_t, v_t, theta_t, alpha_t, eta_t))
     M, S, anchor, offset = _initial_state(state, q_t.shape[0], q_t)
     call = Call(q, k, v, w, b, theta, alpha, eta, M, S, anchor, offset, None, float(eps), chunk_size, log_gates)

@@ -5,8 +5,8 @@ from itertools import pairwise, product
 import pytest
 import torch
 
-from titans.call import Call
-from titans.pieces import Pieces, cut
+from titans.arguments import Call
+from titans.partition import Pieces, cut
 
 CPU = torch.device("cpu")
 CASES = [

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from titans.call import Call
+from titans.arguments import Call
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titans.call import TitansState, compute_dtype
+from titans.arguments import TitansState, compute_dtype
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 BACKENDS = ("triton", "chunk", "log", "recurrent")
