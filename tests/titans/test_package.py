@@ -27,10 +27,10 @@ def test_the_example_of_the_readme_runs(code: str) -> None:
 def test_the_wheel_holds_titans_alone(tmp_path: Path) -> None:
     build = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("titans-*.whl")
+    (wheel,) = tmp_path.glob("titans_linear-*.whl")
     folders = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
     version = wheel.name.split("-")[1]
-    assert folders == {"titans", f"titans-{version}.dist-info"}
+    assert folders == {"titans", f"titans_linear-{version}.dist-info"}
 
 
 @pytest.mark.parametrize(("package", "other"), [("titans", "oracle"), ("oracle", "titans")])
