@@ -21,7 +21,7 @@ import oracle
 from oracle import Cotangents, Inputs, bounds
 from oracle.formats import context, exact
 from properties.isolation import DeviceLost, is_fatal
-from properties.problem import HALF, Problem
+from properties.problem import Problem
 
 Results = dict[str, Tensor]
 Truth = dict[str, NDArray[np.object_]]
@@ -65,12 +65,8 @@ class Implementation:
     claims : frozenset of str
         Which of `CLAIMS` it has.
     device : str
-    log_space : bool
-        Whether its coefficients are kept in logs.
-    tensor_cores : bool
-        Whether dots round their operands as the Triton kernels do on a GPU.
-    blocks : bool
-        Whether it works on the Triton kernels' blocks of several chunks.
+    arithmetic : callable
+        Of a call, an `Inputs`: what it computes with there, and so which bounds it answers to.
     share : float
         Of the profile's number of examples: slow ones get fewer.
     """
@@ -81,16 +77,8 @@ class Implementation:
     state: Callable[..., Any]
     claims: frozenset[str]
     device: str = "cpu"
-    log_space: bool = False
-    tensor_cores: bool = False
-    blocks: bool = False
+    arithmetic: Callable[[Inputs], bounds.Arithmetic] = lambda inputs: bounds.arithmetic_for(inputs.q.dtype)
     share: float = 1.0
-
-    def arithmetic(self, dtype: torch.dtype, width: int) -> bounds.Arithmetic:
-        """Describe the arithmetic for inputs of this dtype and head width."""
-        if self.blocks:
-            return bounds.kernel_arithmetic(dtype, width, tensor_cores=self.tensor_cores)
-        return bounds.arithmetic_for(dtype, log_space=self.log_space)
 
     @property
     def left(self) -> tuple[str, ...]:
@@ -165,7 +153,7 @@ class Tally:
         self.calls += 1
         self.examples += now.compared
         self.ill_conditioned += now.unsure
-        if implementation.tensor_cores and problem.dtype in HALF:
+        if now.half:
             self.half += now.compared
             self.half_ill_conditioned += now.unsure
         self.finite += now.compared and not now.overflows
@@ -196,6 +184,7 @@ class Example:
 
     compared: bool = False
     unsure: bool = False
+    half: bool = False
     overflows: bool = False
     exact: bool = False
     error: float = 0.0
@@ -403,7 +392,7 @@ def truth(inputs: Inputs, cotangents: Cotangents | None = None) -> Truth:
 
 def radii(implementation: Implementation, inputs: Inputs, cotangents: Cotangents | None = None) -> Radii:
     """Return how far from the truth the implementation may be; names as in `run`."""
-    arithmetic = implementation.arithmetic(inputs.q.dtype, inputs.q.shape[-1])
+    arithmetic = implementation.arithmetic(inputs)
     if cotangents is None:
         radius, gradients = bounds.forward_radius(inputs, arithmetic), {}
     else:
@@ -435,7 +424,9 @@ def check_against(
 ) -> Results:
     """Compare everything that the implementation makes of some inputs with the oracle's answer, and return it."""
     results = run(implementation, inputs, cotangents)
-    TALLY.now.stage = stage(inputs, implementation.tensor_cores and inputs.q.dtype.itemsize == 2)
+    half = inputs.q.dtype.itemsize == 2 and implementation.arithmetic(inputs).operand > 0
+    TALLY.now.half |= half
+    TALLY.now.stage = stage(inputs, half)
     compare(results, wanted, radii(implementation, inputs, cotangents))
     return results
 

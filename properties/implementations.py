@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from oracle import Inputs, bounds
 from properties.checks import CLAIMS, Implementation
 
 BACKENDS = ("recurrent", "chunk", "log", "triton")
@@ -79,15 +80,27 @@ def implementation(backend: str, device: str) -> Implementation:
         state=titans.TitansState,
         claims=CLAIMS - lacks[backend],
         device=device,
-        log_space=backend == "log",
-        blocks=backend == "triton",
-        tensor_cores=(backend, device) == ("triton", "cuda"),
+        arithmetic=functools.partial(arithmetic, backend, device),
         share=share_of(backend, device),
     )
 
 
+def arithmetic(backend: str, device: str, inputs: Inputs) -> bounds.Arithmetic:
+    """Return what a backend computes with in a call."""
+    if backend == "triton":
+        return bounds.kernel_arithmetic(inputs.q.dtype, inputs.q.shape[-1], tensor_cores=device == "cuda")
+    return bounds.arithmetic_for(inputs.q.dtype, log_space=backend == "log")
+
+
+def chosen(device: str, inputs: Inputs) -> bounds.Arithmetic:
+    """Return what `titans` computes with in a call for which it chooses the backend itself."""
+    kernels = device == "cuda" and inputs.q.dtype != torch.float64 and inputs.q.shape[-1] <= 128
+    backend = "triton" if kernels else "log" if inputs.log_gates else "chunk"
+    return arithmetic(backend, device, inputs)
+
+
 class State(NamedTuple):
-    """What an implementation is given to resume from, unless it names a type of its own."""
+    """What an implementation is given to resume from, unless it has a type of its own."""
 
     M: Tensor
     S: Tensor
@@ -102,8 +115,9 @@ def foreign(target: str, device: str, lacks: Collection[str] | None = None) -> I
     ----------
     target : str
         `package.module:callable`. Attributes of the callable say the rest: `lacks`, an iterable of claims; `state`,
-        which makes its initial state of M, S, anchor and offset (`State`); `step`, with the signature of
-        `titans.titans_linear_step`; `log_space`, whether it keeps coefficients in logs.
+        which makes its initial state of M, S, anchor and offset (without it, the type of its final state does); `step`,
+        with the signature of `titans.titans_linear_step`; `log_space`, whether it keeps coefficients in logs: True,
+        False, or a function of the call, an `oracle.Inputs`.
     device : str
     lacks : collection of str or None
         Instead of the callable's own `lacks`.
@@ -117,6 +131,8 @@ def foreign(target: str, device: str, lacks: Collection[str] | None = None) -> I
     ValueError
         If there is no such callable, or no such claim.
     """
+    import titans
+
     function = load(target)
     lacking = set(getattr(function, "lacks", ()) if lacks is None else lacks)
     if unknown := lacking - OPTIONAL:
@@ -124,18 +140,25 @@ def foreign(target: str, device: str, lacks: Collection[str] | None = None) -> I
             f"what is lacking must be among {', '.join(sorted(OPTIONAL))}, got {', '.join(sorted(unknown))}"
         )
     log_space, step = getattr(function, "log_space", False), getattr(function, "step", None)
-    lacking |= {"batch_invariant"} | ({"exact"} if log_space else set()) | (set() if step else {"step"})
+    # A function of the call may keep `exact`: numbers fit where gates are linear.
+    lacking |= {"batch_invariant"} | ({"exact"} if log_space is True else set()) | (set() if step else {"step"})
     for claim, without in IMPLIED.items():
         lacking |= {claim} if without & lacking else set()
+    own, adapter = function is titans.chunk_titans_linear, Adapter(function, frozenset(lacking))
     return Implementation(
         name=target,
-        call=functools.partial(adapted, function, frozenset(lacking)),
-        step=step,
-        state=getattr(function, "state", State),
+        call=adapter,
+        step=adapter.step if step else None,
+        state=State,
         claims=CLAIMS - lacking,
         device=device,
-        log_space=log_space,
+        arithmetic=functools.partial(chosen, device) if own else functools.partial(declared, log_space),
     )
+
+
+def declared(log_space: bool | Callable[[Inputs], bool], inputs: Inputs) -> bounds.Arithmetic:
+    """Return the arithmetic of a call in which a callable says that it keeps coefficients as logs, or not."""
+    return bounds.arithmetic_for(inputs.q.dtype, log_space=log_space(inputs) if callable(log_space) else log_space)
 
 
 def load(target: str) -> Callable[..., Any]:
@@ -155,17 +178,57 @@ def load(target: str) -> Callable[..., Any]:
     return function  # type: ignore[no-any-return]
 
 
-def adapted(function: Callable[..., Any], lacking: frozenset[str], *arguments: Any, **options: Any) -> Any:
-    """Call an implementation without the parameters that it lacks; its final state may take any of its forms."""
-    named = dict(zip(("eps", "chunk_size", "initial_state", "output_final_state"), arguments[8:], strict=True))
-    for parameter, claim in (("initial_state", "initial_state"), ("output_final_state", "final_state")):
-        if claim in lacking:
-            del named[parameter]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        result = function(*arguments[:8], **named, **options)
-    o, final = result if isinstance(result, (tuple, list)) else (result, None)
-    return o, final_state(final)
+class Adapter:
+    """A foreign callable, called without the parameters that it lacks and with states of the type that it returns.
+
+    Parameters
+    ----------
+    function : callable
+    lacking : frozenset of str
+        Claims.
+    """
+
+    def __init__(self, function: Callable[..., Any], lacking: frozenset[str]) -> None:
+        self.function, self.lacking = function, lacking
+        self.state: Callable[..., Any] | None = getattr(function, "state", None)
+        if "final_state" in lacking:
+            self.state = self.state or State
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        """Call it; its final state may take any of its forms."""
+        *tensors, eps, chunk_size, state, wanted = arguments
+        named = {"eps": eps, "chunk_size": chunk_size}
+        if "initial_state" not in self.lacking:
+            named["initial_state"] = self.initial(state, *tensors, **named, **options)
+        if "final_state" not in self.lacking:
+            named["output_final_state"] = wanted
+        o, final = self.results(*tensors, **named, **options)
+        return o, final_state(final)
+
+    def initial(self, state: Any, *tensors: Any, **options: Any) -> Any:
+        """Return an initial state in the form that the callable takes: one that it returns, if it has names."""
+        if not isinstance(state, State):
+            return state
+        if self.state is None:
+            _, final = self.results(*tensors, **options, initial_state=None, output_final_state=True)
+            kind: Callable[..., Any] = type(final) if hasattr(final, "anchor") else State
+            self.state = lambda *parts: kind(**State(*parts)._asdict())
+        return self.state(*state)
+
+    def step(self, *arguments: Any, **options: Any) -> Any:
+        """Call its step, of one token, with states of the same type."""
+        *tensors, state, eps, chunk_size = arguments
+        rows = [x if i in (3, 4) else x[:, None] for i, x in enumerate(tensors)]
+        state = self.initial(state, *rows, eps=eps, chunk_size=chunk_size, **options)
+        o, final = self.function.step(*tensors, state, eps, chunk_size, **options)  # type: ignore[attr-defined]
+        return o, final_state(final)
+
+    def results(self, *tensors: Any, **options: Any) -> tuple[Tensor, Any]:
+        """Return outputs and final state."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            result = self.function(*tensors, **options)
+        return result if isinstance(result, (tuple, list)) else (result, None)
 
 
 def final_state(final: Any) -> Any:

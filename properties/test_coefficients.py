@@ -66,7 +66,7 @@ def test_every_coefficient_has_a_few_roundings(implementation: Implementation, p
         return
     inputs = unit_vectors(problem)
     results = run(implementation, inputs)
-    arithmetic = implementation.arithmetic(inputs.q.dtype, inputs.q.shape[-1])
+    arithmetic = implementation.arithmetic(inputs)
     for h in range(problem.H):
         # 1 - alpha is exact: alpha is a multiple of half an epsilon.
         theta, a, eta = (doubles(x[0, :, h]) for x in (inputs.theta, 1 - inputs.alpha.double(), inputs.eta))

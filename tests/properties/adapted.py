@@ -1,4 +1,4 @@
-"""The backend `chunk`, as others would have it: adapters with less and less in them."""
+"""`chunk_titans_linear`, as others would have it: adapters with less and less in them."""
 
 from typing import Any
 
@@ -14,7 +14,8 @@ def without_backward(*arguments: Any, **options: Any) -> Any:
 
 
 without_backward.lacks = {"plain", "backward"}  # type: ignore[attr-defined]
-without_backward.state = titans.TitansState  # type: ignore[attr-defined]
+# Of its own accord `titans` keeps coefficients as logs where gates are.
+without_backward.log_space = lambda call: call.log_gates  # type: ignore[attr-defined]
 
 
 def resumes_between_chunks(*arguments: Any, initial_state: Any = None, chunk_size: int = 16, **options: Any) -> Any:
@@ -27,6 +28,7 @@ def resumes_between_chunks(*arguments: Any, initial_state: Any = None, chunk_siz
 
 
 resumes_between_chunks.lacks = {"offset"}  # type: ignore[attr-defined]
+resumes_between_chunks.log_space = without_backward.log_space  # type: ignore[attr-defined]
 
 
 def memory_alone(*arguments: Any, **options: Any) -> Any:
@@ -36,6 +38,7 @@ def memory_alone(*arguments: Any, **options: Any) -> Any:
 
 
 memory_alone.lacks = {"offset", "varlen"}  # type: ignore[attr-defined]
+memory_alone.log_space = without_backward.log_space  # type: ignore[attr-defined]
 
 
 def first(state: Any) -> Any:

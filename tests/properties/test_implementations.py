@@ -1,30 +1,33 @@
 """Any callable can be verified: what it lacks is not claimed, and never counts as passed."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from properties.checks import CLAIMS, PROPERTIES, run, same_bits
-from properties.implementations import OPTIONAL, foreign, implementation
+import titans
+from properties.checks import CLAIMS, PROPERTIES, call, check, run, same_bits, tensors
+from properties.implementations import OPTIONAL, Adapter, foreign, implementation
 from properties.problem import Problem
 from tests.properties.adapted import OUTPUTS_ALONE
 from tests.properties.test_laws import ROOT, run_suite
 
 QUICK = ("-k", "not fixture and not ratchet and not long_sequences and not thousands")
+SUBJECT = foreign("titans:chunk_titans_linear", "cpu")
 LAWS = {name: law for name, law in PROPERTIES.items() if "long_sequences" not in name and "thousands" not in name}
 
 
 @pytest.mark.parametrize(
-    ("adapter", "lacks"),
+    ("target", "lacks"),
     [
-        ("without_backward", None),
-        ("resumes_between_chunks", None),
-        ("outputs_alone", OUTPUTS_ALONE),
+        ("titans:chunk_titans_linear", None),
+        ("tests.properties.adapted:without_backward", None),
+        ("tests.properties.adapted:resumes_between_chunks", None),
+        ("tests.properties.adapted:outputs_alone", OUTPUTS_ALONE),
     ],
 )
-def test_an_adapter_of_a_correct_implementation_passes(adapter: str, lacks: str | None) -> None:
-    target = f"tests.properties.adapted:{adapter}"
+def test_a_correct_implementation_passes(target: str, lacks: str | None) -> None:
     output = run_suite(
         "properties",
         "--impl",
@@ -37,6 +40,34 @@ def test_an_adapter_of_a_correct_implementation_passes(adapter: str, lacks: str 
     not_claimed = [name for name, law in LAWS.items() if not law.needs <= claims]
     assert re.search(rf"{len(LAWS) - len(not_claimed)} passed, {len(not_claimed)} skipped", output), output
     assert f"not claimed: {', '.join(sorted(CLAIMS - claims))}" in output
+
+
+LOGS = Problem(
+    lengths=(4,), D=2, C=4, memory="normalised", theta="random 2^-1 2^-1074", k="random 0", dtype="float64",
+    gate_dtype="float64", log_gates=True,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("target", ["titans:chunk_titans_linear", "tests.properties.adapted:resumes_between_chunks"])
+def test_a_claim_may_depend_on_the_call(target: str) -> None:
+    subject = foreign(target, "cpu")
+    for log_gates in (True, False):
+        problem = replace(LOGS, log_gates=log_gates).restricted(subject.claims)
+        assert subject.arithmetic(problem.inputs()).log_space == log_gates
+        check(subject, problem)
+
+
+def test_the_type_of_a_state_is_that_of_the_final_state() -> None:
+    taken: list[object] = []
+
+    def strict(*arguments: object, initial_state: object, **options: object) -> object:
+        taken.append(initial_state)
+        return titans.chunk_titans_linear(*arguments, initial_state=initial_state, **options)
+
+    problem = Problem(lengths=(3,), initial="full", offsets=(1,), C=2)
+    call(replace(SUBJECT, call=Adapter(strict, frozenset())), problem.inputs(), tensors(problem.inputs()))
+    # A call without a state comes first, and says which type it is.
+    assert [type(state) for state in taken] == [type(None), titans.TitansState]
 
 
 def test_resuming_from_the_memory_alone_is_caught() -> None:

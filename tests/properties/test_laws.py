@@ -120,9 +120,14 @@ def test_a_failure_says_what_where_and_how_to_see_it_again() -> None:
         replay(PROPERTIES["test_values_are_the_oracles"].law, problem)(implementation(wrong.Half()))
 
 
+# The seed of a nested run. In CI it is always the same; elsewhere none is, unless the environment says which.
+SEED = os.environ.get("NESTED_SEED", "0" if os.environ.get("HYPOTHESIS_PROFILE") == "ci" else "")
+
+
 def run_suite(*arguments: str, fails: int = 0, **environment: str) -> str:
     """Run the suite, on the real op unless a plugin says otherwise."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
+    seeded = [f"--hypothesis-seed={SEED}"] if SEED else []
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *seeded, *arguments]
     variables = os.environ | {"OMP_NUM_THREADS": "1", **environment}
     done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
     assert done.returncode == fails, done.stdout + done.stderr

@@ -1,5 +1,6 @@
 """Are the verdicts on accuracy what they say?"""
 
+import functools
 import json
 import math
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import pytest
 
 from properties import checks, report
 from properties.checks import PROPERTIES, TALLY, Implementation, LawBroken
-from properties.implementations import implementation
+from properties.implementations import arithmetic, implementation
 from properties.problem import Problem
 from properties.report import Verdict
 from properties.test_ratchet import ORDERS, WORSE, Order, reordered
@@ -135,7 +136,7 @@ def test_a_sequence_without_tokens_says_nothing_of_how_loose_a_bound_is() -> Non
 
 def test_bounds_that_are_made_of_narrow_operands_stand_apart() -> None:
     TALLY.__init__()
-    kernels = replace(implementation("chunk", "cpu"), blocks=True, tensor_cores=True)
+    kernels = replace(implementation("chunk", "cpu"), arithmetic=functools.partial(arithmetic, "triton", "cuda"))
     for dtype in ("float32", "bfloat16"):
         PROPERTIES[LAW].law(kernels, replace(PIECE, dtype=dtype))
     assert (TALLY.examples, TALLY.half) == (2, 1)
