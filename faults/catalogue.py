@@ -67,8 +67,8 @@ STATES = (
     fault("offset ignored at resume", "partition",
           "torch.zeros_like(lengths) if offset is None else offset.cpu().long()",
           "torch.zeros_like(lengths)", VALUES, SPLIT),
-    fault("final offset counted from zero", "api", "return (begun + T) % call.chunk_size",
-          "return (0 * begun + T) % call.chunk_size", VALUES, SPLIT),
+    fault("final offset counted from zero", "partition", "return (call.offset + T) % call.chunk_size",
+          "return (0 * call.offset + T) % call.chunk_size", VALUES, SPLIT),
     fault("a step has the default chunk length", "api", "offset, None, float(eps), chunk_size, log_gates",
           "offset, None, float(eps), 16, log_gates", STEP),
     fault("initial state changed in place", "chunk", "M, S, A = M[order], S[order],", "M, S, A = M[order], S,", LAYOUT),
@@ -177,7 +177,7 @@ TRUNCATED = "(x.q.float().view(torch.int32) & -8192).view(torch.float32).to(x.q.
 PRECISION = (
     fault("gates rounded to the dtype of q", "chunk", "passed = pieces.gather(call.theta).to(dtype),",
           "passed = pieces.gather(call.theta).to(call.q.dtype).to(dtype),", VALUES, GRADIENTS),
-    fault("gates not raised", "api", "call.theta.to(dtype), call.alpha.to(dtype), call.eta.to(dtype)",
+    fault("gates not raised", "recurrent", "call.theta.to(dtype), call.alpha.to(dtype), call.eta.to(dtype)",
           "call.theta, call.alpha, call.eta", VALUES, RAISED, backend="recurrent"),
     fault("gates kept in half precision", "coefficients", "n[t + 1, ..., t + 2] = theta[..., t]",
           "n[t + 1, ..., t + 2] = theta[..., t].bfloat16()", VALUES, COEFFICIENTS),
@@ -190,9 +190,9 @@ PRECISION = (
 SHUFFLED = "__import__('random').sample(range(k_T.shape[-1]), k_T.shape[-1])"
 CALLS = (
     fault("packed sequences read on into the next", "partition",
-          "torch.minimum((step + 1) * chunk_size - begun[sequence], lengths[sequence])",
-          "torch.minimum((step + 1) * chunk_size - begun[sequence], B * T - starts[sequence])", PACKED, VALUES),
-    fault("an empty sequence shifts the states", "api", "slice(n, n + 1))",
+          "torch.minimum((step + 1) * chunk_size - offset[sequence], lengths[sequence])",
+          "torch.minimum((step + 1) * chunk_size - offset[sequence], B * T - starts[sequence])", PACKED, VALUES),
+    fault("an empty sequence shifts the states", "recurrent", "slice(n, n + 1))",
           "slice(m := max(len(set(bounds[: n + 1])) - 1, 0), m + 1))", PACKED, VALUES, backend="recurrent"),
     fault("heads and tokens not transposed", "partition", "return pieces.transpose(1, 2).contiguous()",
           "return pieces.reshape(pieces.shape[0], pieces.shape[2], -1, *pieces.shape[3:])", VALUES, PERMUTED),

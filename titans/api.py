@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titans import validation
+from titans import recurrent, validation
 from titans.arguments import Call, TitansState, compute_dtype
 from titans.autograd import chunked, step
-from titans.gates import linear_gates
-from titans.recurrent import recurrent
+from titans.backend import Backend, choose
+from titans.partition import final_offset
 
 
 def chunk_titans_linear(
@@ -30,7 +30,7 @@ def chunk_titans_linear(
     *,
     cu_seqlens: Tensor | None = None,
     log_gates: bool = False,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> tuple[Tensor, TitansState | None]:
     """Titans linear memory, chunk by chunk.
 
@@ -90,18 +90,23 @@ def chunk_titans_linear(
     validation.check_state("initial_state", initial_state, N, q, chunk_size)
     M, S, anchor, offset = _initial_state(initial_state, N, q)
     call = Call(q, k, v, w, b, theta, alpha, eta, M, S, anchor, offset, cu_seqlens, float(eps), chunk_size, log_gates)
-    o, M, S, anchor = _run(call, backend)
-    return o, TitansState(M, S, anchor, _final_offset(call)) if output_final_state else None
-
-
-def _run(call: Call, backend: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Choose the backend and call it: o, and the final M, S and anchor."""
     call = _follow_autocast(call)
-    backend = backend or _default_backend(call)
-    _check_backend(call, backend)
+    o, M, S, anchor = _run(call, _chosen(call, backend, "log" if log_gates else "chunk"))
+    return o, TitansState(M, S, anchor, final_offset(call)) if output_final_state else None
+
+
+def _chosen(call: Call, wanted: Backend | None, otherwise: Backend) -> Backend:
+    backend, against = choose(call, wanted, otherwise)
+    if backend == "triton" and against:
+        raise ValueError(f"`backend` 'triton' {against}")
+    return backend
+
+
+def _run(call: Call, backend: Backend) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Call the backend: o, and the final M, S and anchor."""
     if backend == "recurrent":
         with torch.autocast(call.q.device.type, enabled=False):
-            return _recurrent(call)
+            return recurrent.forward(call)
     o, M, S, anchor, *_ = chunked(*call, backend)
     return o, M, S, anchor
 
@@ -113,11 +118,6 @@ def _follow_autocast(call: Call) -> Call:
         return call
     dtype = torch.get_autocast_dtype(device)
     return call._replace(q=call.q.to(dtype), k=call.k.to(dtype), v=call.v.to(dtype))
-
-
-def _check_backend(call: Call, backend: str) -> None:
-    if backend == "triton" and (against := _reason_against_kernels(call)):
-        raise ValueError(f"`backend` 'triton' {against}")
 
 
 def titans_linear(*args: Any, **kwargs: Any) -> tuple[Tensor, TitansState | None]:
@@ -144,7 +144,7 @@ def titans_linear_step(
     chunk_size: int = 16,
     *,
     log_gates: bool = False,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> tuple[Tensor, TitansState]:
     """Decode one token of each of B sequences.
 
@@ -182,13 +182,12 @@ def titans_linear_step(
     M, S, anchor, offset = _initial_state(state, q_t.shape[0], q_t)
     call = Call(q, k, v, w, b, theta, alpha, eta, M, S, anchor, offset, None, float(eps), chunk_size, log_gates)
     call = _follow_autocast(call)
-    backend = backend or ("triton" if _kernels_take(call) else "recurrent")
+    backend = _chosen(call, backend, "recurrent")
     if backend == "triton":
-        _check_backend(call, backend)
         o, M, S, anchor, offset = step(*call)
     else:
         o, M, S, anchor = _run(call, backend)
-        offset = _final_offset(call)
+        offset = final_offset(call)
     return o[:, 0], TitansState(M, S, anchor, offset)
 
 
@@ -202,59 +201,3 @@ def _initial_state(
     H, D = q.shape[-2:]
     M = q.new_zeros(N, H, D, D, dtype=dtype) if state is None else state.to(dtype)
     return M, torch.zeros_like(M), M, None
-
-
-def _final_offset(call: Call) -> Tensor:
-    """Tokens consumed of the chunk that runs at the end, shape (N,)."""
-    B, T = call.q.shape[:2]
-    begun = call.offset
-    if call.cu_seqlens is None:
-        if begun is None:
-            return torch.full((B,), T % call.chunk_size, dtype=torch.int64, device=call.q.device)
-        return (begun + T) % call.chunk_size
-    lengths = call.cu_seqlens.to(call.q.device).diff().long()
-    return (lengths if begun is None else begun + lengths) % call.chunk_size
-
-
-def _default_backend(call: Call) -> str:
-    if _kernels_take(call):
-        return "triton"
-    return "log" if call.log_gates else "chunk"
-
-
-def _kernels_take(call: Call) -> bool:
-    return call.q.is_cuda and _reason_against_kernels(call) is None
-
-
-def _reason_against_kernels(call: Call) -> str | None:
-    try:
-        from titans import kernels
-    except ModuleNotFoundError:
-        return "needs the package triton, which is not installed"
-    return kernels.reason_against(call)
-
-
-def _recurrent(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The definition in the compute dtype; packed sequences are run one by one."""
-    dtype = compute_dtype(call.q.dtype)
-    w, b = (None if x is None else x.to(dtype) for x in (call.w, call.b))
-    theta, a, eta = linear_gates((call.theta.to(dtype), call.alpha.to(dtype), call.eta.to(dtype)), call.log_gates)
-    offset = call.M.new_zeros(len(call.M), dtype=torch.int64) if call.offset is None else call.offset
-
-    def run(tokens: slice, n: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        q, k, v = (x[:, tokens].to(dtype) for x in (call.q, call.k, call.v))
-        gates = (x[:, tokens] for x in (theta, a, eta))
-        states = (x[n] for x in (call.M, call.S, call.anchor, offset))
-        return recurrent(q, k, v, w, b, *gates, *states, call.eps, call.chunk_size)  # type: ignore[call-arg, arg-type]
-
-    if call.cu_seqlens is None:
-        o, M, S, anchor = run(slice(None), slice(None))
-    else:
-        bounds = call.cu_seqlens.tolist()
-        runs = [run(slice(*bounds[n : n + 2]), slice(n, n + 1)) for n in range(len(bounds) - 1)]
-        # the empty slice stands for no sequence at all
-        runs.append(run(slice(0, 0), slice(0, 0)))
-        o, M, S, anchor = (
-            torch.cat(parts, dim) for parts, dim in zip(zip(*runs, strict=True), (1, 0, 0, 0), strict=True)
-        )
-    return o.to(call.q.dtype), M, S, anchor

@@ -38,7 +38,9 @@ torch.serialization.add_safe_globals([TitansState])
 
 
 class Call(NamedTuple):
-    """What a backend computes with; shapes as in `titans.chunk_titans_linear`.
+    """The arguments of a backend; shapes as in `titans.chunk_titans_linear`.
+
+    Fields with a cotangent come first, then the other tensors, then the options.
 
     Attributes
     ----------
@@ -72,26 +74,28 @@ class Call(NamedTuple):
     chunk_size: int
     log_gates: bool
 
-    def slack(self, chunks: int = 1) -> int:
-        """What rounding up to pieces of so many chunks costs a sequence at most, in tokens."""
-        # r <= C - 1 tokens before the first, and what the last piece lacks
-        return chunks * self.chunk_size - 1 + (0 if self.offset is None else self.chunk_size - 1)
+    @property
+    def differentiable(self) -> tuple[Tensor | None, ...]:
+        """The fields that have a cotangent, q to anchor."""
+        return self[:_DIFFERENTIABLE]  # type: ignore[return-value]
 
-    def max_pieces(self, chunks: int = 1) -> int:
-        """Number of pieces, or an upper bound that is known without looking at `cu_seqlens` and `offset`.
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The fields that hold tensors, q to cu_seqlens."""
+        return self[:_TENSORS]  # type: ignore[return-value]
 
-        Parameters
-        ----------
-        chunks : int
-            Of how many chunks a piece is a part.
-        """
-        T, N, C = self.q.shape[1], self.M.shape[0], chunks * self.chunk_size
-        slack = self.slack(chunks)
-        return N * ((T + slack) // C) if self.cu_seqlens is None else (T + N * slack) // C
+    @property
+    def options(self) -> tuple[float, int, bool]:
+        """The fields that hold numbers: eps, chunk_size and log_gates."""
+        return self[_TENSORS:]  # type: ignore[return-value]
 
     def contiguous(self) -> Call:
         """The call with contiguous tensors: results must not depend on strides, which choose the order of sums."""
         return Call._make(x.contiguous() if isinstance(x, Tensor) else x for x in self)
+
+
+_DIFFERENTIABLE = Call._fields.index("offset")
+_TENSORS = Call._fields.index("eps")
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

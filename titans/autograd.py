@@ -1,8 +1,8 @@
 """The chunk form as the registered operators `titans::chunked` and `titans::chunked_backward`; `titans::step`.
 
-`torch.compile` and CUDA graphs see one opaque operator per direction. What the backward needs beside the inputs
-is the memory and the momentum that each piece starts from; the kernels keep x and r of eq. (2), too. They are imported
-when they are first needed: Triton exists on Linux only.
+`torch.compile` and CUDA graphs see one opaque operator per direction. The residuals of the forward are the memory M0
+and the momentum S0 that each piece starts from, and for the kernels x and r of eq. (2), which are empty for the other
+backends. The kernels are imported when they are first needed: Triton exists on Linux only.
 
 On a GPU a call is short, so what the host does for it counts: the operators are registered with the dispatcher itself
 and not through `torch.library.custom_op`, and a `torch.autograd.Function` stands in for `register_autograd`, which took
@@ -13,23 +13,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
 
 from titans import chunk
 from titans.arguments import Call
+from titans.partition import max_pieces
 
-# the fields of `Call`
-_CALL = (
-    "Tensor q, Tensor k, Tensor v, Tensor? w, Tensor? b, Tensor theta, Tensor alpha, Tensor eta, "
-    "Tensor M, Tensor S, Tensor anchor, Tensor? offset, Tensor? cu_seqlens, "
-    "float eps, int chunk_size, bool log_gates"
-)
+_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", int: "int", bool: "bool"}
+_CALL = ", ".join(f"{_TYPES[kind]} {name}" for name, kind in get_type_hints(Call).items())
 _ARGUMENTS = f"{_CALL}, str backend"
-_KEPT = 4  # from this output on
-_COTANGENTS = "Tensor M0, Tensor S0, Tensor x, Tensor r, Tensor? do, Tensor? dM, Tensor? dS, Tensor? danchor"
+_RESIDUALS = "Tensor M0, Tensor S0, Tensor x, Tensor r"
+_COTANGENTS = "Tensor? do, Tensor? dM, Tensor? dS, Tensor? danchor"
 
 
 def _tensors(count: int) -> str:
@@ -73,8 +70,9 @@ def _alone_with(q: Tensor) -> Iterator[None]:
 
 
 def _chunked(*arguments: Any) -> tuple[Tensor, ...]:
-    """Compute o, the final M, S and anchor, the M0 and S0 of every piece (K, H, D, D), and x and r for the kernels."""
-    call, backend = Call(*arguments[:-1]).contiguous(), arguments[-1]
+    """Compute o, the final M, S and anchor, and the residuals M0 and S0 of every piece (K, H, D, D), x and r."""
+    *fields, backend = arguments
+    call = Call(*fields).contiguous()
     with _alone_with(call.q):
         if backend == "triton":
             from titans import kernels
@@ -84,9 +82,10 @@ def _chunked(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _fake_chunked(*arguments: Any) -> tuple[Tensor, ...]:
-    call, backend = Call(*arguments[:-1]), arguments[-1]
+    *fields, backend = arguments
+    call = Call(*fields)
     H, D = call.q.shape[-2:]
-    pieces, dtype = call.max_pieces(), call.M.dtype
+    pieces, dtype = max_pieces(call), call.M.dtype
     x, r = call.M.new_empty(0), call.M.new_empty(0)
     if backend == "triton":
         from titans import kernels
@@ -114,26 +113,25 @@ def _chunked_backward(*arguments: Any) -> tuple[Tensor, ...]:
             grads = chunk.backward(call, backend == "log", M0, S0, do, dM, dS, danchor)
     return tuple(
         call.M.new_empty(0) if x is None or dx is None else dx.to(x.dtype)
-        for x, dx in zip(call[:11], grads, strict=True)
+        for x, dx in zip(call.differentiable, grads, strict=True)
     )
 
 
 def _fake_chunked_backward(*arguments: Any) -> tuple[Tensor, ...]:
     call = Call(*arguments[: len(Call._fields)])
-    return tuple(call.M.new_empty(0) if x is None else x.new_empty(x.shape) for x in call[:11])
+    return tuple(call.M.new_empty(0) if x is None else x.new_empty(x.shape) for x in call.differentiable)
 
 
 chunked = _define("chunked", _ARGUMENTS, 8, _chunked, _fake_chunked)
 chunked_backward = _define(
-    "chunked_backward", f"{_ARGUMENTS}, {_COTANGENTS}", 11, _chunked_backward, _fake_chunked_backward
+    "chunked_backward", f"{_ARGUMENTS}, {_RESIDUALS}, {_COTANGENTS}", 11, _chunked_backward, _fake_chunked_backward
 )
 
 
-def _cotangents(
-    grads: tuple[Tensor, ...], fields: tuple[Tensor | None, ...], options: int
-) -> tuple[Tensor | None, ...]:
-    """What autograd wants: a gradient for every argument that is a tensor, None for all others."""
-    return *(g if x is not None else None for g, x in zip(grads, fields[:11], strict=True)), *(None,) * (2 + options)
+def _gradients(grads: tuple[Tensor, ...], call: Call) -> tuple[Tensor | None, ...]:
+    """One gradient for every argument of an operator that takes `call`: None where the argument has no cotangent."""
+    wanted = (g if x is not None else None for g, x in zip(grads, call.differentiable, strict=True))
+    return *wanted, *(None for _ in call[len(grads) :])
 
 
 class _Chunked(torch.autograd.Function):
@@ -141,17 +139,20 @@ class _Chunked(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Any:
         # without this, autograd would fill (K, H, D, D) zeros for the cotangents of M0 and S0
         ctx.set_materialize_grads(False)
+        *fields, ctx.backend = arguments
         output = _below_autograd(chunked, arguments)
-        ctx.options = arguments[13:]
-        ctx.save_for_backward(*arguments[:13], *output[_KEPT:])
+        _, _, _, _, *residuals = output
+        call = Call(*fields)
+        ctx.options = call.options
+        ctx.save_for_backward(*call.tensors, *residuals)
         return output
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
-        saved = ctx.saved_tensors
-        fields, kept = saved[:13], saved[13:]
-        grads = chunked_backward(*fields, *ctx.options, *kept, *cotangents[:_KEPT])
-        return _cotangents(grads, fields, len(ctx.options))
+    def backward(ctx: Any, do: Any, dM: Any, dS: Any, danchor: Any, *_: Any) -> Any:
+        *tensors, M0, S0, x, r = ctx.saved_tensors
+        call = Call(*tensors, *ctx.options)
+        grads = chunked_backward(*call, ctx.backend, M0, S0, x, r, do, dM, dS, danchor)
+        return *_gradients(grads, call), None
 
 
 class _ChunkedBackward(torch.autograd.Function):
@@ -193,17 +194,17 @@ class _Step(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         output = _below_autograd(step, arguments)
         ctx.mark_non_differentiable(output[-1])
-        ctx.options = arguments[13:]
-        ctx.save_for_backward(*arguments[:13])
+        call = Call(*arguments)
+        ctx.options = call.options
+        ctx.save_for_backward(*call.tensors)
         return output
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+    def backward(ctx: Any, do: Any, dM: Any, dS: Any, danchor: Any, *_: Any) -> Any:
         # rare, so it need not be fast: the reverse of the chunk form of the same token
-        fields = ctx.saved_tensors
-        call = (*fields, *ctx.options, "triton")
-        grads = chunked_backward(*call, *chunked(*call)[_KEPT:], *cotangents[:_KEPT])
-        return _cotangents(grads, fields, len(ctx.options))
+        call = Call(*ctx.saved_tensors, *ctx.options)
+        _, _, _, _, *residuals = chunked(*call, "triton")
+        return _gradients(chunked_backward(*call, "triton", *residuals, do, dM, dS, danchor), call)
 
 
 _differentiate("step", _Step)

@@ -1,4 +1,4 @@
-"""How sequences are cut into pieces, the units that the chunk form works on.
+"""How sequences are cut into chunks and pieces: the geometry of a call on the host.
 
 A *piece* is a run of tokens of one sequence inside one chunk. A sequence that resumes `offset` tokens into a
 chunk starts with a shorter piece; the last piece of any sequence may be short as well.
@@ -11,6 +11,38 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from titans.arguments import Call
+
+
+def slack(call: Call, chunks: int = 1) -> int:
+    """Tokens that rounding up to pieces of so many chunks adds to a sequence at most."""
+    # at most C - 1 tokens before the first, and those that the last piece lacks
+    return chunks * call.chunk_size - 1 + (0 if call.offset is None else call.chunk_size - 1)
+
+
+def max_pieces(call: Call, chunks: int = 1) -> int:
+    """Number of pieces, or an upper bound that is known without looking at `cu_seqlens` and `offset`.
+
+    Parameters
+    ----------
+    call : Call
+    chunks : int
+        Of how many chunks a piece is a part.
+    """
+    T, N, width, extra = call.q.shape[1], call.M.shape[0], chunks * call.chunk_size, slack(call, chunks)
+    return N * ((T + extra) // width) if call.cu_seqlens is None else (T + N * extra) // width
+
+
+def final_offset(call: Call) -> Tensor:
+    """Tokens consumed of the chunk that runs at the end, shape (N,)."""
+    N, T = call.M.shape[0], call.q.shape[1]
+    if call.cu_seqlens is not None:
+        lengths = call.cu_seqlens.to(call.q.device).diff().long()
+        return (lengths if call.offset is None else call.offset + lengths) % call.chunk_size
+    if call.offset is not None:
+        return (call.offset + T) % call.chunk_size
+    return torch.full((N,), T % call.chunk_size, dtype=torch.int64, device=call.q.device)
 
 
 @dataclass(frozen=True)
@@ -73,15 +105,15 @@ def cut(
     else:
         bounds = cu_seqlens.cpu().long()
         starts, lengths = bounds[:-1], bounds.diff()
-    begun = torch.zeros_like(lengths) if offset is None else offset.cpu().long()
-    counts = torch.where(lengths > 0, (lengths + begun + chunk_size - 1) // chunk_size, 0)  # pieces per sequence
+    offset = torch.zeros_like(lengths) if offset is None else offset.cpu().long()
+    counts = torch.where(lengths > 0, (lengths + offset + chunk_size - 1) // chunk_size, 0)  # pieces per sequence
     order = torch.sort(counts, descending=True, stable=True).indices
 
     active = counts[order] > torch.arange(int(counts.max()) if len(counts) else 0)[:, None]  # (steps, N)
     step, place = active.nonzero(as_tuple=True)  # (K,), ordered by step
     sequence = order[place]
-    first = torch.clamp(step * chunk_size - begun[sequence], min=0)
-    last = torch.minimum((step + 1) * chunk_size - begun[sequence], lengths[sequence])
+    first = torch.clamp(step * chunk_size - offset[sequence], min=0)
+    last = torch.minimum((step + 1) * chunk_size - offset[sequence], lengths[sequence])
     token = first[:, None] + torch.arange(chunk_size)  # (K, C), inside the sequence
     padding = token >= last[:, None]
     index = torch.where(padding, 0, starts[sequence, None] + token)
@@ -94,5 +126,5 @@ def cut(
         index.to(device),
         padding.to(device) if padding.any() else None,
         (last - first - 1).to(device),
-        ((lengths > 0) & ((begun + lengths) % chunk_size == 0)).to(device),
+        ((lengths > 0) & ((offset + lengths) % chunk_size == 0)).to(device),
     )

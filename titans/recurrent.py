@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from titans.arguments import Call, compute_dtype
+from titans.gates import linear_gates
 from titans.inner import inner_gradient, readout, target
 
 
@@ -48,3 +50,29 @@ def recurrent(
         completes = (offset + t + 1) % chunk_size == 0
         anchor = torch.where(completes[:, None, None, None], M, anchor)  # (6)
     return torch.stack(o, 1) if o else q.clone(), M, S, anchor
+
+
+def forward(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The definition in the compute dtype: o, and the final M, S and anchor; packed sequences are run one by one."""
+    dtype = compute_dtype(call.q.dtype)
+    w, b = (None if x is None else x.to(dtype) for x in (call.w, call.b))
+    theta, a, eta = linear_gates((call.theta.to(dtype), call.alpha.to(dtype), call.eta.to(dtype)), call.log_gates)
+    offset = call.M.new_zeros(len(call.M), dtype=torch.int64) if call.offset is None else call.offset
+
+    def run(tokens: slice, n: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        q, k, v = (x[:, tokens].to(dtype) for x in (call.q, call.k, call.v))
+        gates = (x[:, tokens] for x in (theta, a, eta))
+        states = (x[n] for x in (call.M, call.S, call.anchor, offset))
+        return recurrent(q, k, v, w, b, *gates, *states, call.eps, call.chunk_size)  # type: ignore[call-arg, arg-type]
+
+    if call.cu_seqlens is None:
+        o, M, S, anchor = run(slice(None), slice(None))
+    else:
+        bounds = call.cu_seqlens.tolist()
+        runs = [run(slice(*bounds[n : n + 2]), slice(n, n + 1)) for n in range(len(bounds) - 1)]
+        # the empty slice stands for no sequence at all
+        runs.append(run(slice(0, 0), slice(0, 0)))
+        o, M, S, anchor = (
+            torch.cat(parts, dim) for parts, dim in zip(zip(*runs, strict=True), (1, 0, 0, 0), strict=True)
+        )
+    return o.to(call.q.dtype), M, S, anchor

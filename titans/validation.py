@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from titans.arguments import TitansState, compute_dtype
+from titans.backend import BACKENDS
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-BACKENDS = ("triton", "chunk", "log", "recurrent")
 
 
 def name_of(dtype: torch.dtype) -> str:

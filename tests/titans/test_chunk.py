@@ -15,7 +15,7 @@ from titans import chunk, chunk_titans_linear
 from titans.arguments import Call
 from titans.chunk import Tokens
 from titans.coefficients import Coefficients
-from titans.partition import cut
+from titans.partition import cut, max_pieces
 
 # Gates with zeros and ones among them, near the ends of their ranges, and anywhere.
 GATES = {
@@ -134,10 +134,10 @@ def test_the_saved_states_are_those_the_pieces_start_from(offset: int | None) ->
     T, N, C = 8, 2, 3
     gates = (torch.full((N, T, H), gate, dtype=torch.float64) for gate in (0.5, 0.5, 0.5))
     tokens, state = (integers(N, T, H, D) for _ in range(3)), [integers(N, H, D, D) for _ in range(3)]
-    begun = None if offset is None else torch.tensor([offset] * N)
-    call = Call(*tokens, None, None, *gates, *state, begun, None, 1.0, C, False)
+    offsets = None if offset is None else torch.tensor([offset] * N)
+    call = Call(*tokens, None, None, *gates, *state, offsets, None, 1.0, C, False)
     *_, M0, S0 = chunk.forward(call, log_space=False)
-    assert len(M0) == len(S0) == call.max_pieces()
+    assert len(M0) == len(S0) == max_pieces(call)
     starts = range(0, T, C) if offset is None else [0, *range(C - offset, T, C)]
     for piece, start in enumerate(starts):
         names = ("q", "k", "v", "theta", "alpha", "eta")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from titans.arguments import Call
-from titans.partition import Pieces, cut
+from titans.partition import Pieces, cut, max_pieces
 
 CPU = torch.device("cpu")
 CASES = [
@@ -112,10 +112,10 @@ def test_max_pieces_is_a_bound() -> None:
     """Of all small packed calls; a batch without offsets has exactly that many."""
     for C, lengths in product(range(1, 5), product(range(6), repeat=2)):
         for offsets in (None, *product(range(C), repeat=2)):
-            bound = call(lengths, True, C, None if offsets is None else torch.tensor(offsets)).max_pieces()
+            bound = max_pieces(call(lengths, True, C, None if offsets is None else torch.tensor(offsets)))
             assert bound >= sum(map(len, wanted(list(lengths), C, offsets and list(offsets))))
     for C, T in product(range(1, 5), range(9)):
-        assert call((T, T), False, C, None).max_pieces() == sum(map(len, wanted([T, T], C, None)))
+        assert max_pieces(call((T, T), False, C, None)) == sum(map(len, wanted([T, T], C, None)))
         for r in range(C):
-            bound = call((T, T), False, C, torch.tensor([r, r])).max_pieces()
+            bound = max_pieces(call((T, T), False, C, torch.tensor([r, r])))
             assert bound >= sum(map(len, wanted([T, T], C, [r, r])))

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from titans.arguments import Call
+from titans.partition import max_pieces, slack
 
 
 @dataclass(frozen=True)
@@ -60,23 +61,23 @@ def per_chunk(q: Tensor, chunk_size: int) -> tuple[int, int]:
 def max_slots(call: Call) -> int:
     """Number of slots, known without looking at `cu_seqlens` and `offset`."""
     NB, PER = per_chunk(call.q, call.chunk_size)
-    return NB * call.max_pieces(PER)
+    return NB * max_pieces(call, PER)
 
 
 def layout_of(call: Call) -> Layout:
     """Lay out the blocks of a call; for packed sequences a few small device operations, no synchronisation."""
     C, N, D = call.chunk_size, call.M.shape[0], call.q.shape[-1]
     BC, (NB, PER) = block_rows(call.q), per_chunk(call.q, C)
-    slots, slack = max_slots(call), call.slack(PER)
+    slots, extra = max_slots(call), slack(call, PER)
     sequence = None
     if call.cu_seqlens is not None:
         cu = call.cu_seqlens.to(call.q.device, non_blocking=True).long()
-        base = (cu + torch.arange(N + 1, device=cu.device) * slack) // (C * PER) * NB
+        base = (cu + torch.arange(N + 1, device=cu.device) * extra) // (C * PER) * NB
         slot = torch.arange(slots, device=cu.device)
         n = torch.searchsorted(base, slot, right=True) - 1
         sequence = torch.where(n < N, n, -1).int()
     BS = min(BC, max(16, int(triton.next_power_of_2(C))))
-    return Layout(slots, slots // max(N, 1), slack, sequence, BC, BS, NB, PER, max(16, triton.next_power_of_2(D)))
+    return Layout(slots, slots // max(N, 1), extra, sequence, BC, BS, NB, PER, max(16, triton.next_power_of_2(D)))
 
 
 def storage(call: Call) -> torch.dtype:
