@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -104,11 +105,20 @@ def _chosen(call: Call, wanted: Backend | None, otherwise: Backend) -> Backend:
 
 def _run(call: Call, backend: Backend) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Call the backend: o, and the final M, S and anchor."""
+    _know_dtensor()
     if backend == "recurrent":
         with torch.autocast(call.q.device.type, enabled=False):
             return recurrent.forward(call)
     o, M, S, anchor, *_ = chunked(*call, backend)
     return o, M, S, anchor
+
+
+def _know_dtensor() -> None:
+    """Register the sharding rules once DTensor is in use."""
+    if "torch.distributed.tensor" in sys.modules:
+        from titans import sharding
+
+        sharding.register()
 
 
 def _follow_autocast(call: Call) -> Call:
@@ -184,6 +194,7 @@ def titans_linear_step(
     call = _follow_autocast(call)
     backend = _chosen(call, backend, "recurrent")
     if backend == "triton":
+        _know_dtensor()
         o, M, S, anchor, offset = step(*call)
     else:
         o, M, S, anchor = _run(call, backend)

@@ -42,7 +42,7 @@ def final_offset(call: Call) -> Tensor:
         return (lengths if call.offset is None else call.offset + lengths) % call.chunk_size
     if call.offset is not None:
         return (call.offset + T) % call.chunk_size
-    return torch.full((N,), T % call.chunk_size, dtype=torch.int64, device=call.q.device)
+    return call.M.new_full((N,), T % call.chunk_size, dtype=torch.int64)
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ def check_integers(name: str, x: Any) -> None:
 
 def is_readable(x: Tensor) -> bool:
     """Whether reading values costs no synchronisation and breaks no graph."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def check_state(argument: str, state: Any, N: int, q: Tensor, chunk_size: int) -> None:
