@@ -12,7 +12,7 @@ from torch import Tensor
 
 import oracle
 from oracle import bounds
-from oracle.formats import context
+from oracle.precision import context
 from properties.checks import bits
 
 

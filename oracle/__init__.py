@@ -1,9 +1,9 @@
-"""What is true: the op's definition and its adjoint in high precision. Imports nothing from `titans`."""
+"""The exact results: the op's definition and its adjoint in high precision. Imports nothing from `titans`."""
 
+from oracle.api import forward, gradient
 from oracle.coefficients import coefficients
-from oracle.formats import Unsettled, exact
-from oracle.gradient import Cotangents, Gradient, gradient
-from oracle.recurrence import Inputs, Output, State, forward
+from oracle.inputs import Cotangents, Gradient, Inputs, Output, State
+from oracle.precision import Unsettled, exact
 
 __all__ = [
     "Cotangents",

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from oracle.ball import FLOAT32, FLOAT64, Arithmetic, Array, Ball, arithmetic_for, ball, kernel_arithmetic
 from oracle.gate_bounds import CoefficientsRadius, coefficients_radius, gates, given, log_growth
-from oracle.gradient import Cotangents
+from oracle.inputs import Cotangents, Inputs
 from oracle.piece_bounds import OPERANDS, Piece, PieceGradient, Tokens, reverse_piece, run_piece
 from oracle.propagation import Errors, transition
-from oracle.recurrence import Inputs
 
 __all__ = [
     "FLOAT32",

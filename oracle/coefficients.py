@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from oracle.formats import RESTING_DIGITS, Arithmetic, Numbers, evaluate, exact
+from oracle.precision import RESTING_DIGITS, Engine, Numbers, elementwise, evaluate, exact
 
 
 @dataclass(frozen=True)
@@ -48,35 +48,28 @@ def coefficients(
     """
     gates = [x if isinstance(x, np.ndarray) and x.dtype == object else exact(x) for x in (theta, a, eta)]
 
-    def run(numbers: Arithmetic) -> dict[str, Numbers]:
-        theta, a, eta = ([numbers.number(x) for x in gate] for gate in gates)
-        C = len(theta)
-        zero, one = numbers.number(0.0), numbers.number(1.0)
-        # decay[i][t] is the product of a over i < s <= t, momentum[j][i] that of eta over j < s <= i; 0 is the start.
+    def compute(engine: Engine) -> dict[str, Numbers]:
+        theta, a, eta = (elementwise(engine.number, gate) for gate in gates)
+        C, zero, one = len(theta), engine.number(0.0), engine.number(1.0)
         decay, momentum = _products(a, one), _products(eta, one)
+        f = np.full(C, zero)
         n, G = np.full((C, C), zero), np.full((C, C), zero)
-        f = np.empty(C, dtype=object)
         for t in range(1, C + 1):
-            f[t - 1] = numbers.dot([momentum[0][i] for i in range(1, t + 1)], [decay[i][t] for i in range(1, t + 1)])
+            f[t - 1] = momentum[0, 1 : t + 1] @ decay[1 : t + 1, t]
             for j in range(1, t + 1):
-                span = range(j, t + 1)
-                n[t - 1, j - 1] = theta[j - 1] * momentum[j][t]
-                G[t - 1, j - 1] = theta[j - 1] * numbers.dot(
-                    [momentum[j][i] for i in span], [decay[i][t] for i in span]
-                )
-        beta, m = (np.array([table[0][t] for t in range(1, C + 1)], dtype=object) for table in (decay, momentum))
-        return {"beta": beta, "m": m, "f": f, "n": n, "G": G}
+                n[t - 1, j - 1] = theta[j - 1] * momentum[j, t]
+                G[t - 1, j - 1] = theta[j - 1] * (momentum[j, j : t + 1] @ decay[j : t + 1, t])
+        return {"beta": decay[0, 1:], "m": momentum[0, 1:], "f": f, "n": n, "G": G}
 
-    return Coefficients(**evaluate(run, RESTING_DIGITS, digits))
+    return Coefficients(**evaluate(compute, RESTING_DIGITS, digits))
 
 
-def _products(gate: list[Any], one: Any) -> list[dict[int, Any]]:
-    """table[i][t] = product of gate_s over i < s <= t, for 0 <= i <= t <= C."""
+def _products(gate: Numbers, one: Any) -> Numbers:
+    """Table [i, t] of the product of gate_s over i < s <= t, for 0 <= i <= t <= C; tokens count from 1."""
     C = len(gate)
-    table = []
+    table = np.empty((C + 1, C + 1), dtype=object)
     for i in range(C + 1):
-        row = {i: one}
+        table[i, i] = one
         for t in range(i + 1, C + 1):
-            row[t] = row[t - 1] * gate[t - 1]
-        table.append(row)
+            table[i, t] = table[i, t - 1] * gate[t - 1]
     return table

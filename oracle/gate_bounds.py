@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from oracle.ball import Arithmetic, Array, Ball, ball
-from oracle.formats import doubles
-from oracle.recurrence import Inputs
+from oracle.inputs import Inputs
+from oracle.precision import doubles
 
 
 @dataclass(frozen=True)

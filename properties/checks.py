@@ -19,7 +19,7 @@ from torch import Tensor
 
 import oracle
 from oracle import Cotangents, Inputs, bounds
-from oracle.formats import context, exact
+from oracle.precision import context, exact
 from properties.isolation import DeviceLost, is_fatal
 from properties.problem import Problem
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from oracle import Cotangents, Inputs
-from oracle.formats import exact
+from oracle.precision import exact
 from properties.checks import (
     STATE,
     TALLY,

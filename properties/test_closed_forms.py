@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 import oracle
-from oracle.formats import doubles, exact
+from oracle.precision import doubles, exact
 from properties.checks import Implementation, Truth, check, compare, expect, law, radii, run, same, solved
 from properties.problem import HALF, Problem
 from properties.strategies import problems

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 import oracle
 from oracle import Inputs, bounds
 from oracle.coefficients import Coefficients
-from oracle.formats import doubles
+from oracle.precision import doubles
 from properties.checks import TALLY, Implementation, compare, law, run
 from properties.problem import Problem
 from properties.strategies import problems

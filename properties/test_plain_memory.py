@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from oracle import Cotangents, Inputs
-from oracle.formats import AGREED_DIGITS
+from oracle.precision import AGREED_DIGITS
 from properties.checks import (
     TALLY,
     Implementation,

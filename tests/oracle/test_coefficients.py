@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from oracle import coefficients, exact
-from oracle.formats import AGREED_DIGITS, context
+from oracle.precision import AGREED_DIGITS, context
 
 NAMES = ("beta", "m", "f", "n", "G")
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import oracle
 from oracle.bounds import arithmetic_for, coefficients_radius
-from oracle.formats import doubles, exact
+from oracle.precision import doubles, exact
 from titans.coefficients import Coefficients, coefficients, coefficients_vjp, log_coefficients
 
 K, H = 2, 3

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from oracle import Cotangents
 from oracle.bounds import FLOAT32, kernel_arithmetic
-from oracle.formats import exact as numbers
+from oracle.precision import exact as numbers
 from properties import checks
 from properties.implementations import implementation
 from properties.parts import Part

@@ -1,10 +1,9 @@
-"""Numbers of the oracle: exact conversion from the float formats, arithmetic, and a precision that is confirmed."""
+"""Numbers of the oracle: exact conversion from the float formats, the engines, and a precision that is confirmed."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from operator import mul
 from typing import Any
 
 import numpy as np
@@ -19,12 +18,12 @@ try:
 except ImportError:
     gmpy2 = None
 
-# A number of whatever engine computes: an mpf of `context`, or a gmpy2.mpfr. Neither library is typed.
+# A number of either engine: an mpf of `context`, or a gmpy2.mpfr. Neither library is typed.
 Number = Any
 Numbers = NDArray[np.object_]
 
 FORMATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# The precision at rest: what callers get when they subtract, compare or print the oracle's values.
+# The precision at rest, in which callers subtract, compare and print the oracle's values.
 RESTING_DIGITS = 60
 AGREED_DIGITS = 20
 NOISE_GUARD_DIGITS = 10
@@ -77,35 +76,37 @@ def elementwise(function: Callable[[Any], Any], x: NDArray[Any]) -> Numbers:
 
 
 @dataclass(frozen=True)
-class Arithmetic:
-    """One engine at one precision. Inside `working()`, + - * / and the functions here round to that precision.
+class Engine:
+    """Arithmetic of one library at one precision. Inside `working()`, + - * / sqrt and exp round to that precision.
 
-    `number` takes a float in, and `result` gives an mpf out, both exactly. An mpf that comes in may be rounded.
+    `number` turns a float into a number, and `result` a number into an mpf, both exactly. `number` of an mpf may round.
     """
 
     working: Callable[[], AbstractContextManager[Any]]
     number: Callable[[Any], Number]
-    dot: Callable[[Sequence[Number], Sequence[Number]], Number]
     sqrt: Callable[[Number], Number]
     exp: Callable[[Number], Number]
     result: Callable[[Number], Number]
 
+    def numbers(self, x: Tensor) -> Numbers:
+        """Elements of a tensor as numbers, exactly."""
+        return elementwise(self.number, doubles(x))
 
-def mpmath_arithmetic(digits: int) -> Arithmetic:
-    """Build the reference engine: mpf of the oracle's own context, whose exponents have no limit."""
-    return Arithmetic(
+
+def mpmath_engine(digits: int) -> Engine:
+    """The reference: mpf of the oracle's own context, whose exponents have no limit."""
+    return Engine(
         working=partial(context.workdps, digits),
         number=_mpf,
-        dot=context.fdot,
         sqrt=context.sqrt,
         exp=context.exp,
         result=_mpf,
     )
 
 
-def mpfr_arithmetic(digits: int) -> Arithmetic:
-    """Build the fast engine, gmpy2.mpfr. An exponent out of its range is an ArithmeticError, never a wrong zero."""
-    return Arithmetic(
+def mpfr_engine(digits: int) -> Engine:
+    """The fast engine, gmpy2.mpfr. An exponent out of its range is an ArithmeticError, never a wrong zero."""
+    return Engine(
         working=lambda: gmpy2.context(
             precision=libmp.dps_to_prec(digits),
             emin=gmpy2.get_emin_min(),
@@ -115,7 +116,6 @@ def mpfr_arithmetic(digits: int) -> Arithmetic:
             trap_divzero=True,
         ),
         number=_mpfr,
-        dot=lambda x, y: gmpy2.fsum(map(mul, x, y)),
         sqrt=gmpy2.sqrt,
         exp=gmpy2.exp,
         result=_from_mpfr,
@@ -141,19 +141,19 @@ def _from_mpfr(x: Number) -> Number:
     return context.make_mpf(libmp.from_man_exp(man, int(exp)))
 
 
-# mpmath's own choice (its backend, and MPMATH_NOGMPY) decides for both.
-ENGINES: tuple[Callable[[int], Arithmetic], ...] = (
-    (mpfr_arithmetic, mpmath_arithmetic) if gmpy2 is not None and libmp.BACKEND == "gmpy" else (mpmath_arithmetic,)
+# The fastest first; the last one is the reference. mpmath's own choice (its backend, MPMATH_NOGMPY) decides for both.
+ENGINES: tuple[Callable[[int], Engine], ...] = (
+    (mpfr_engine, mpmath_engine) if gmpy2 is not None and libmp.BACKEND == "gmpy" else (mpmath_engine,)
 )
 
 
-def evaluate(run: Callable[[Arithmetic], Mapping[str, Numbers]], start: int, digits: int | None) -> dict[str, Numbers]:
-    """Run a computation at one precision, or at doubled ones until its results settle (oracle/README.md has the rule).
+def evaluate(compute: Callable[[Engine], Mapping[str, Numbers]], start: int, digits: int | None) -> dict[str, Numbers]:
+    """Compute at one precision, or at doubled ones until the results settle (oracle/README.md has the rule).
 
     Parameters
     ----------
-    run : callable
-        Takes an `Arithmetic`, returns arrays of its numbers by name.
+    compute : callable
+        Takes an `Engine`, returns arrays of its numbers by name.
     start : int
         Decimal digits of the first run, where `digits` is None.
     digits : int or None
@@ -170,54 +170,54 @@ def evaluate(run: Callable[[Arithmetic], Mapping[str, Numbers]], start: int, dig
         If some element still changes at `MOST_DIGITS`.
     """
     *fast, reference = ENGINES
-    for engine in fast:
+    for engine_of in fast:
         try:
-            return _evaluate(engine, run, start, digits)
+            return _evaluate(engine_of, compute, start, digits)
         except Unsettled:
             raise
         except ArithmeticError:
             # An exponent left the engine's range, or something was divided by 0: the reference engine answers.
             continue
-    return _evaluate(reference, run, start, digits)
+    return _evaluate(reference, compute, start, digits)
 
 
 def _evaluate(
-    engine: Callable[[int], Arithmetic],
-    run: Callable[[Arithmetic], Mapping[str, Numbers]],
+    engine_of: Callable[[int], Engine],
+    compute: Callable[[Engine], Mapping[str, Numbers]],
     start: int,
     digits: int | None,
 ) -> dict[str, Numbers]:
     low_digits = start if digits is None else digits
-    numbers = engine(low_digits)
-    with numbers.working():
-        low = run(numbers)
+    engine = engine_of(low_digits)
+    with engine.working():
+        low = compute(engine)
     if digits is not None:
-        return {name: elementwise(numbers.result, x) for name, x in low.items()}
+        return {name: elementwise(engine.result, x) for name, x in low.items()}
     unsettled = [(name, index) for name, x in low.items() for index in np.ndindex(x.shape)]
     while 2 * low_digits <= MOST_DIGITS:
-        numbers = engine(2 * low_digits)
-        with numbers.working():
-            high = run(numbers)
+        engine = engine_of(2 * low_digits)
+        with engine.working():
+            high = compute(engine)
             unsettled = [
                 (name, index)
                 for name, index in unsettled
-                if not _settled(low[name][index], high[name][index], low_digits, numbers)
+                if not _settled(low[name][index], high[name][index], low_digits, engine)
             ]
         if not unsettled:
-            return {name: elementwise(numbers.result, x) for name, x in high.items()}
+            return {name: elementwise(engine.result, x) for name, x in high.items()}
         low, low_digits = high, 2 * low_digits
     name, index = unsettled[0]
     raise Unsettled(
         f"{len(unsettled)} values still change at {low_digits} digits, the first is {name}{list(index)}, "
-        f"now {context.nstr(numbers.result(low[name][index]), AGREED_DIGITS)}"
+        f"now {context.nstr(engine.result(low[name][index]), AGREED_DIGITS)}"
     )
 
 
-def _settled(low: Number, high: Number, low_digits: int, numbers: Arithmetic) -> bool:
+def _settled(low: Number, high: Number, low_digits: int, engine: Engine) -> bool:
     """Agree in the leading digits, or be a zero: a value that shrinks with the precision as rounding noise does."""
     if low == high:
         return True
-    ten = numbers.number(10.0)
+    ten = engine.number(10.0)
     if abs(high - low) <= abs(high) * ten**-AGREED_DIGITS:
         return True
     return bool(abs(high) <= abs(low) * ten ** (NOISE_GUARD_DIGITS - low_digits))

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 import oracle
-from oracle import exact, formats
-from oracle.formats import AGREED_DIGITS, context
-from tests.oracle.definition import (
+from oracle import exact, precision
+from oracle.precision import AGREED_DIGITS, context
+from tests.oracle.transcriptions import (
     GATES,
     HALF_OF_FLOAT64,
     PROBLEMS,
@@ -187,7 +187,7 @@ def test_constant_rows_settle(D):
     M = torch.full((1, 1, D, D), 0.7, dtype=torch.float64)
     inputs = replace(inputs, k=constant, v=constant * 3, w=torch.ones_like(inputs.w), b=0 * inputs.b, M=M)
     _, gradient = oracle.gradient(inputs, cotangents(inputs))
-    noise = context.mpf(10) ** (formats.NOISE_GUARD_DIGITS - 2 * inputs.start_digits)
+    noise = context.mpf(10) ** (precision.NOISE_GUARD_DIGITS - 2 * inputs.start_digits)
     assert (np.abs(gradient.theta) <= noise).all()
     assert (np.abs(gradient.eta) <= noise).all()
     agrees_with_autograd(replace(inputs, k=problem(60, D=D).k), cotangents(inputs))
@@ -202,7 +202,7 @@ def test_genuine_gradients_far_below_what_cancels_are_right():
     inputs = oracle.Inputs(q, k, torch.full_like(q, -1.5), w, 0 * w, one, 0.1 * one, one)
     do = oracle.Cotangents(torch.ones_like(q))
     settled = oracle.gradient(inputs, do)[1].q
-    reference = oracle.gradient(inputs, do, digits=formats.MOST_DIGITS)[1].q
+    reference = oracle.gradient(inputs, do, digits=precision.MOST_DIGITS)[1].q
     coarse = oracle.gradient(inputs, do, digits=inputs.start_digits)[1].q
     promised = context.mpf(10) ** -AGREED_DIGITS * np.abs(reference)
     assert (np.abs(settled - reference) <= promised).all()

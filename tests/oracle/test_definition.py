@@ -10,9 +10,9 @@ import torch
 from mpmath.ctx_iv import MPIntervalContext
 
 import oracle
-from oracle import Unsettled, exact, formats
-from oracle.formats import AGREED_DIGITS, context
-from tests.oracle.definition import (
+from oracle import Unsettled, exact, precision
+from oracle.precision import AGREED_DIGITS, context
+from tests.oracle.transcriptions import (
     HALF_OF_FLOAT64,
     PROBLEMS,
     cotangents,
@@ -154,22 +154,22 @@ def test_constant_rows_settle(D):
     # u = 0 exactly: k_t A and the target are constant. M only decays.
     output = oracle.forward(inputs)
     decay = np.prod(1 - exact(inputs.alpha))
-    noise = context.mpf(10) ** (formats.NOISE_GUARD_DIGITS - 2 * inputs.start_digits)
+    noise = context.mpf(10) ** (precision.NOISE_GUARD_DIGITS - 2 * inputs.start_digits)
     assert (np.abs(output.state.S) <= noise).all()
     assert (np.abs(output.state.M - exact(M) * decay) <= context.mpf(10) ** -AGREED_DIGITS * decay).all()
 
 
 def test_a_wide_range_of_inputs_starts_with_more_digits():
     inputs = PROBLEMS["plain"]
-    assert inputs.start_digits == formats.RESTING_DIGITS
+    assert inputs.start_digits == precision.RESTING_DIGITS
     inputs = replace(inputs, q=inputs.q * 1e-70)
     assert 90 <= inputs.start_digits < 100
-    assert replace(inputs, q=inputs.q * 1e-200).start_digits == formats.MOST_DIGITS // 8
+    assert replace(inputs, q=inputs.q * 1e-200).start_digits == precision.MOST_DIGITS // 8
 
 
 def test_chaos_is_unsettled(monkeypatch):
     """The normalised memory loses about one digit in eight tokens here: after 600 of them none of 60 are left."""
-    monkeypatch.setattr(formats, "MOST_DIGITS", 120)
+    monkeypatch.setattr(precision, "MOST_DIGITS", 120)
     inputs = problem(40, lengths=(600,), C=1, state="M")
     gates = {"theta": torch.full_like(inputs.theta, 3), "alpha": torch.full_like(inputs.alpha, 0.5)}
     inputs = replace(inputs, w=10 * inputs.w, eta=0 * inputs.eta, **gates)
@@ -211,12 +211,12 @@ def test_contradictory_inputs_are_refused_by_name(change, message):
         oracle.forward(replace(PROBLEMS["normalised"], **change))
 
 
-@pytest.mark.skipif(len(formats.ENGINES) == 1, reason="gmpy2 is not installed")
+@pytest.mark.skipif(len(precision.ENGINES) == 1, reason="gmpy2 is not installed")
 @each_problem
 def test_both_engines_agree(inputs, monkeypatch):
     """To the digits that the oracle promises, values and gradients."""
     fast = everything(inputs)
-    monkeypatch.setattr(formats, "ENGINES", formats.ENGINES[1:])
+    monkeypatch.setattr(precision, "ENGINES", precision.ENGINES[1:])
     for x, y in zip(fast, everything(inputs), strict=True):
         assert abs(x - y) <= context.mpf(10) ** -AGREED_DIGITS * abs(y)
 
@@ -231,10 +231,10 @@ WITHOUT_GMPY2 = """
 import sys
 sys.modules["gmpy2"] = None
 from mpmath import libmp
-from tests.oracle.definition import PROBLEMS
-from tests.oracle.test_recurrence import everything
-from oracle.formats import ENGINES, context, mpmath_arithmetic
-assert libmp.BACKEND == "python" and ENGINES == (mpmath_arithmetic,)
+from tests.oracle.transcriptions import PROBLEMS
+from tests.oracle.test_definition import everything
+from oracle.precision import ENGINES, context, mpmath_engine
+assert libmp.BACKEND == "python" and ENGINES == (mpmath_engine,)
 print(*(context.nstr(x, 18) for x in everything(PROBLEMS["packed"])))
 """
 

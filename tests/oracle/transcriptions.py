@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import oracle
-from oracle.formats import elementwise, exact
+from oracle.precision import elementwise, exact
 
 # How far float64 may be from the oracle on these problems, relative to the largest value: half of its 53 bits. They are
 # short and well-conditioned, so that rounding costs far less, while a slip in any equation shows in the first digits.

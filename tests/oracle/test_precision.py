@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from oracle import Unsettled, exact, formats
-from oracle.formats import AGREED_DIGITS, MOST_DIGITS, context, evaluate
+from oracle import Unsettled, exact, precision
+from oracle.precision import AGREED_DIGITS, MOST_DIGITS, context, evaluate
 
 # Of each format: the integer type of its bits, how many of them are the fraction, and the exponent bias.
 LAYOUTS = {
@@ -87,12 +87,12 @@ def test_the_global_mpmath_context_is_left_alone():
     with mpmath.workdps(7):
         assert isinstance(exact(0.1)[()], context.mpf)
         assert mpmath.mp.dps == 7
-        assert context.dps == formats.RESTING_DIGITS
+        assert context.dps == precision.RESTING_DIGITS
 
 
-@pytest.fixture(params=formats.ENGINES, ids=lambda engine: engine.__name__)
+@pytest.fixture(params=precision.ENGINES, ids=lambda engine: engine.__name__)
 def engine(request, monkeypatch):
-    monkeypatch.setattr(formats, "ENGINES", (request.param,))
+    monkeypatch.setattr(precision, "ENGINES", (request.param,))
     return request.param
 
 
@@ -112,7 +112,7 @@ def test_an_engine_takes_its_own_results_in_again(engine, x):
 
 
 # What 120 digits leave of terms of about 1 that cancel, with the guard that the rule has.
-NOISE = context.mpf(10) ** (formats.NOISE_GUARD_DIGITS - 120)
+NOISE = context.mpf(10) ** (precision.NOISE_GUARD_DIGITS - 120)
 
 
 def one(value):
