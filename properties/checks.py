@@ -77,7 +77,7 @@ class Implementation:
     state: Callable[..., Any]
     claims: frozenset[str]
     device: str = "cpu"
-    arithmetic: Callable[[Inputs], bounds.Arithmetic] = lambda inputs: bounds.arithmetic_for(inputs.q.dtype)
+    arithmetic: Callable[[Inputs], bounds.ErrorModel] = lambda inputs: bounds.arithmetic_for(inputs.q.dtype)
     share: float = 1.0
 
     @property

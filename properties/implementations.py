@@ -85,14 +85,14 @@ def implementation(backend: str, device: str) -> Implementation:
     )
 
 
-def arithmetic(backend: str, device: str, inputs: Inputs) -> bounds.Arithmetic:
+def arithmetic(backend: str, device: str, inputs: Inputs) -> bounds.ErrorModel:
     """Return what a backend computes with in a call."""
     if backend == "triton":
         return bounds.kernel_arithmetic(inputs.q.dtype, inputs.q.shape[-1], tensor_cores=device == "cuda")
     return bounds.arithmetic_for(inputs.q.dtype, log_space=backend == "log")
 
 
-def chosen(device: str, inputs: Inputs) -> bounds.Arithmetic:
+def chosen(device: str, inputs: Inputs) -> bounds.ErrorModel:
     """Return what `titans` computes with in a call for which it chooses the backend itself."""
     kernels = device == "cuda" and inputs.q.dtype != torch.float64 and inputs.q.shape[-1] <= 128
     backend = "triton" if kernels else "log" if inputs.log_gates else "chunk"
@@ -156,7 +156,7 @@ def foreign(target: str, device: str, lacks: Collection[str] | None = None) -> I
     )
 
 
-def declared(log_space: bool | Callable[[Inputs], bool], inputs: Inputs) -> bounds.Arithmetic:
+def declared(log_space: bool | Callable[[Inputs], bool], inputs: Inputs) -> bounds.ErrorModel:
     """Return the arithmetic of a call in which a callable says that it keeps coefficients as logs, or not."""
     return bounds.arithmetic_for(inputs.q.dtype, log_space=log_space(inputs) if callable(log_space) else log_space)
 

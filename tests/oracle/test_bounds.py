@@ -15,7 +15,7 @@ import oracle
 from oracle.bounds import (
     FLOAT32,
     FLOAT64,
-    Arithmetic,
+    ErrorModel,
     arithmetic_for,
     coefficients_radius,
     forward_radius,
@@ -402,10 +402,10 @@ def test_operands_that_need_no_rounding_cost_nothing() -> None:
     inputs, cotangents = problem(104)
     arithmetic = kernel_arithmetic(torch.bfloat16, inputs.q.shape[-1], tensor_cores=True)
     exact, rounded = (
-        gradient_radius(inputs, cotangents, replace(arithmetic, given_operand=given))
-        for given in (arithmetic.given_operand, arithmetic.operand)
+        gradient_radius(inputs, cotangents, replace(arithmetic, argument_operand=operand))
+        for operand in (arithmetic.argument_operand, arithmetic.operand)
     )
-    assert arithmetic.given_operand == 0
+    assert arithmetic.argument_operand == 0
     assert (exact[0].o < rounded[0].o).all()
     assert (exact[1].q < rounded[1].q).all()
 
@@ -421,7 +421,7 @@ def test_float32_gates_are_exact_whatever_tensor_cores_accumulate_in() -> None:
 
 def test_radii_grow_with_the_unit_roundoff() -> None:
     inputs, cotangents = problem(105)
-    coarse = Arithmetic(2 * FLOAT32.unit, FLOAT32.tiny, FLOAT32.huge)
+    coarse = ErrorModel(2 * FLOAT32.unit, FLOAT32.tiny, FLOAT32.huge)
     one, two = (gradient_radius(inputs, cotangents, x) for x in (FLOAT32, coarse))
     assert (two[0].o > one[0].o).all()
     assert (two[1].q > one[1].q).all()
@@ -447,7 +447,7 @@ def test_terms_that_cancel_at_the_end_of_a_chunk_count_on_to_the_end_of_the_bloc
         chunk_size=1, M=torch.ones(1, 1, 1, 1), S=-torch.ones(1, 1, 1, 1), anchor=torch.ones(1, 1, 1, 1), offset=(0,),
     )  # fmt: skip
     # as if operands were rounded so coarsely that nothing else counts
-    coarse = replace(FLOAT32, operand=2.0**-10, given_operand=2.0**-10)
+    coarse = replace(FLOAT32, operand=2.0**-10, argument_operand=2.0**-10)
     chunk_by_chunk, in_one_block = (forward_radius(inputs, x).o for x in (coarse, replace(coarse, block=16)))
     assert in_one_block[0, 0] == chunk_by_chunk[0, 0]
     # M_1 is 0, and counts chunk by chunk as no more than twice its radius; in the block, as its two terms of size 1
@@ -468,12 +468,12 @@ def test_cotangents_that_cancel_at_the_start_of_a_chunk_count_on_to_the_start_of
     )  # fmt: skip
     flowing = torch.tensor([0.0, do]).reshape(1, 2, 1, 1)  # from o_2 alone
     cotangents = oracle.Cotangents(flowing, *(torch.full((1, 1, 1, 1), float(x)) for x in (dM, dS)))
-    coarse = replace(FLOAT32, operand=2.0**-10, given_operand=2.0**-10)
+    coarse = replace(FLOAT32, operand=2.0**-10, argument_operand=2.0**-10)
 
-    def radius(arithmetic: Arithmetic, last: int = 2) -> float:
+    def radius(arithmetic: ErrorModel, last: int = 2) -> float:
         tokens = {x: getattr(inputs, x)[:, :last] for x in ("q", "k", "v", "theta", "alpha", "eta")}
-        given = replace(cotangents, o=flowing[:, 2 - last :])
-        return float(getattr(gradient_radius(replace(inputs, **tokens), given, arithmetic)[1], name).item())
+        flows = replace(cotangents, o=flowing[:, 2 - last :])
+        return float(getattr(gradient_radius(replace(inputs, **tokens), flows, arithmetic)[1], name).item())
 
     # as in the test before, of the cotangents that the second token alone leaves
     after_one = radius(coarse, last=1)

@@ -6,8 +6,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from oracle import piece_bounds
-from oracle.ball import FLOAT64, Ball, ball
+from oracle.bounds import FLOAT64, piece
+from oracle.bounds.ball import Ball, ball
 from titans.inner import inner_gradient, inner_gradient_vjp, norm, norm_vjp, readout, target
 
 EPS = 2.0**-6
@@ -53,8 +53,8 @@ class Case:
         self.target = target(self.k, self.v, self.w)
         k, v, w, b = (given(x) for x in (self.k, self.v, self.w, self.b))
         gate = ball(np.ones((1, ROWS, 1, 1)))
-        tokens = piece_bounds.Tokens(k, k, v, w, b, gate, gate, gate, EPS, 0)
-        self.bound = piece_bounds.inner(given(self.y), tokens, w, b, FLOAT64)
+        tokens = piece.TokenBalls(k, k, v, w, b, gate, gate, gate, EPS, 0)
+        self.bound = piece.inner_gradient(given(self.y), tokens, w, b, FLOAT64)
 
 
 @pytest.fixture(params=[(D, kind) for D in WIDTHS for kind in ("any", "constant")], ids=str)
@@ -79,7 +79,7 @@ def test_the_vjp_of_u_is_that_of_autograd(case: Case) -> None:
     w, b = (x.expand(ROWS, -1) for x in (case.w, case.b))
     leaves = [x.clone().requires_grad_() for x in (case.y, case.target, w, b)]
     expected = torch.autograd.grad(inner_gradient(*leaves, EPS), leaves, case.du)
-    dy, dz, dw = piece_bounds.inner_vjp(case.bound, given(case.w), given(case.du), FLOAT64)
+    dy, dz, dw = piece.inner_gradient_vjp(case.bound, given(case.w), given(case.du), FLOAT64)
     actual = inner_gradient_vjp(case.du, case.y, case.target, case.w, case.b, EPS)
     for x, y, one in zip(actual, expected, (dy, dz, dw, dz), strict=True):
         assert x is not None
@@ -91,7 +91,7 @@ def test_the_vjp_of_norm_is_that_of_autograd(case: Case) -> None:
     x, r = norm(y, EPS)
     (expected,) = torch.autograd.grad(x, y, case.du)
     no_r = ball(np.zeros((1, ROWS, 1)))
-    bound = piece_bounds.norm_vjp(case.bound.norm, given(case.du), no_r, FLOAT64)
+    bound = piece.norm_vjp(case.bound.norm, given(case.du), no_r, FLOAT64)
     agree(norm_vjp(case.du, x.detach(), r.detach()), expected, bound)
 
 

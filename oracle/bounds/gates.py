@@ -7,12 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from oracle.ball import Arithmetic, Array, Ball, ball
+from oracle.bounds.ball import Array, Ball, ball
+from oracle.bounds.error_model import ErrorModel
 from oracle.inputs import Inputs
-from oracle.precision import doubles
 
 
 @dataclass(frozen=True)
@@ -26,14 +24,14 @@ class CoefficientsRadius:
     G: Array
 
 
-def coefficients_radius(theta: Array, a: Array, eta: Array, arithmetic: Arithmetic) -> CoefficientsRadius:
+def coefficients_radius(theta: Array, a: Array, eta: Array, arithmetic: ErrorModel) -> CoefficientsRadius:
     """Radii of the chunk coefficients of one piece, bounds (B3) and (B8).
 
     Parameters
     ----------
     theta, a, eta : Array, shape (C,)
         Linear gates as the stage receives them, a = 1 - alpha.
-    arithmetic : Arithmetic
+    arithmetic : ErrorModel
 
     Returns
     -------
@@ -59,11 +57,11 @@ def coefficients_radius(theta: Array, a: Array, eta: Array, arithmetic: Arithmet
     return CoefficientsRadius(G_rad[:, 0], n_rad[:, 1], G_rad[:, 1], np.tril(n_rad[:, 2:]), np.tril(G_rad[:, 2:]))
 
 
-def gates(inputs: Inputs, row: int, span: slice, arithmetic: Arithmetic) -> Iterator[Ball]:
+def gates(inputs: Inputs, row: int, span: slice, arithmetic: ErrorModel) -> Iterator[Ball]:
     """theta, a and eta of a piece, shape (H, L, 1, 1), with what their logs cost, bound (B8)."""
     L = span.stop - span.start
     for name in ("theta", "alpha", "eta"):
-        x = given(getattr(inputs, name)[row, span].T[..., None, None], arithmetic)
+        x = arithmetic.argument(getattr(inputs, name)[row, span].T[..., None, None])
         if inputs.log_gates:
             gate = np.exp(x.mid)
             log = np.where(gate > 0, x.mid, 0)
@@ -76,7 +74,7 @@ def gates(inputs: Inputs, row: int, span: slice, arithmetic: Arithmetic) -> Iter
             yield _gate(x.mid, x.rad, _log(x.mid), L, arithmetic)
 
 
-def _gate(gate: Array, rad: Array, log: Array, L: int, arithmetic: Arithmetic) -> Ball:
+def _gate(gate: Array, rad: Array, log: Array, L: int, arithmetic: ErrorModel) -> Ball:
     """A gate of a piece of L tokens; in log space with what the roundings of its log do wherever it is used."""
     drift = 1.01 * log_roundings(L) * arithmetic.unit * np.abs(log) if arithmetic.log_space else 0.0
     return ball(gate, rad, drift)
@@ -96,9 +94,3 @@ def log_roundings(L: int) -> float:
 def log_growth(L: int) -> float:
     """Roundings per token that log space adds to those of (B3), bound (B8): its logs may be as large as log L."""
     return 4 + 2 * math.log(max(L, 1))
-
-
-def given(x: Tensor, arithmetic: Arithmetic) -> Ball:
-    """An argument: exact, unless it comes in a wider format than that of the arithmetic, with a wider range."""
-    mid = doubles(x)
-    return ball(mid, arithmetic.unit * np.abs(mid) if torch.finfo(x.dtype).tiny < arithmetic.tiny else None)

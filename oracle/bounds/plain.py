@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from oracle.ball import Array, Ball, ball
-from oracle.piece_bounds import Tokens
+from oracle.bounds.ball import Array, Ball, ball
+from oracle.bounds.piece import TokenBalls
 
 # Covers the rounding of what is subtracted below, which is done in float64.
 FLOAT64_SLACK = 2.0**-40
 
 
-def transition(tokens: Tokens) -> tuple[Array, Array]:
+def transition(tokens: TokenBalls) -> tuple[Array, Array]:
     """How a piece of the plain memory, whose anchor is M, takes M over S to the piece's end; and with absolute values.
 
     Returns

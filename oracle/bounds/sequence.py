@@ -1,7 +1,4 @@
-"""How far a correct floating-point implementation may be from the oracle, element by element.
-
-The error model and the numbered bounds are in oracle/README.md.
-"""
+"""Bounds for whole calls: the pieces of every sequence one after the other, storage, and sums over tokens."""
 
 from __future__ import annotations
 
@@ -12,25 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from oracle.ball import FLOAT32, FLOAT64, Arithmetic, Array, Ball, arithmetic_for, ball, kernel_arithmetic
-from oracle.gate_bounds import CoefficientsRadius, coefficients_radius, gates, given, log_growth
+from oracle.bounds.ball import Array, Ball, ball
+from oracle.bounds.error_model import ErrorModel
+from oracle.bounds.gates import gates, log_growth
+from oracle.bounds.piece import OPERANDS, Piece, PieceGradient, TokenBalls, reverse_piece, run_piece
+from oracle.bounds.plain import Errors, transition
 from oracle.inputs import Cotangents, Inputs
-from oracle.piece_bounds import OPERANDS, Piece, PieceGradient, Tokens, reverse_piece, run_piece
-from oracle.propagation import Errors, transition
-
-__all__ = [
-    "FLOAT32",
-    "FLOAT64",
-    "Arithmetic",
-    "CoefficientsRadius",
-    "GradientRadius",
-    "Radius",
-    "arithmetic_for",
-    "coefficients_radius",
-    "forward_radius",
-    "gradient_radius",
-    "kernel_arithmetic",
-]
 
 
 @dataclass(frozen=True)
@@ -60,13 +44,13 @@ class GradientRadius:
     anchor: Array
 
 
-def forward_radius(inputs: Inputs, arithmetic: Arithmetic) -> Radius:
+def forward_radius(inputs: Inputs, arithmetic: ErrorModel) -> Radius:
     """Radii of the outputs and the final state: bounds (B2) to (B5), composed over the pieces of each sequence.
 
     Parameters
     ----------
     inputs : Inputs
-    arithmetic : Arithmetic
+    arithmetic : ErrorModel
         As `arithmetic_for(inputs.q.dtype)` gives it for the PyTorch backends.
 
     Returns
@@ -77,7 +61,7 @@ def forward_radius(inputs: Inputs, arithmetic: Arithmetic) -> Radius:
         return _radius([_run(inputs, n, arithmetic) for n in range(len(inputs.sequences))], inputs, arithmetic)
 
 
-def gradient_radius(inputs: Inputs, cotangents: Cotangents, arithmetic: Arithmetic) -> tuple[Radius, GradientRadius]:
+def gradient_radius(inputs: Inputs, cotangents: Cotangents, arithmetic: ErrorModel) -> tuple[Radius, GradientRadius]:
     """Radii of the outputs, as in `forward_radius`, and of the gradients, bounds (B6), (B7) and (B9).
 
     Parameters
@@ -85,7 +69,7 @@ def gradient_radius(inputs: Inputs, cotangents: Cotangents, arithmetic: Arithmet
     inputs : Inputs
     cotangents : Cotangents
         Of o and of the final state; exact.
-    arithmetic : Arithmetic
+    arithmetic : ErrorModel
 
     Returns
     -------
@@ -112,7 +96,7 @@ class _Run:
     refreshed: bool
 
 
-def _run(inputs: Inputs, n: int, arithmetic: Arithmetic) -> _Run:
+def _run(inputs: Inputs, n: int, arithmetic: ErrorModel) -> _Run:
     row = inputs.sequences[n][0]
     M, S = (_state(x, inputs, n, arithmetic) for x in (inputs.M, inputs.S))
     anchor = M if inputs.anchor is None else _state(inputs.anchor, inputs, n, arithmetic)
@@ -144,29 +128,29 @@ def _spans(inputs: Inputs, n: int) -> Iterator[slice]:
         start, room = start + room, inputs.chunk_size
 
 
-def _tokens(inputs: Inputs, row: int, span: slice, arithmetic: Arithmetic) -> Tokens:
+def _tokens(inputs: Inputs, row: int, span: slice, arithmetic: ErrorModel) -> TokenBalls:
     def rows(x: Tensor) -> Ball:
-        return given(x[row, span].transpose(0, 1), arithmetic)  # (H, L, D)
+        return arithmetic.argument(x[row, span].transpose(0, 1))  # (H, L, D)
 
     def per_head(x: Tensor | None) -> Ball | None:
-        return None if x is None else given(x[:, None, :], arithmetic)
+        return None if x is None else arithmetic.argument(x[:, None, :])
 
     L = span.stop - span.start
     theta, a, eta = gates(inputs, row, span, arithmetic)
     # (B3): the rounding of 1 - alpha, a product and a sum; exp is good to 4 units, beyond what its argument costs.
     per_token = 3 + 4 * inputs.log_gates + (log_growth(L) if arithmetic.log_space else 0.0)
-    return Tokens(
+    return TokenBalls(
         rows(inputs.q), rows(inputs.k), rows(inputs.v), per_head(inputs.w), per_head(inputs.b),
         theta, a, eta, inputs.eps, per_token,
     )  # fmt: skip
 
 
-def _state(x: Tensor | None, inputs: Inputs, n: int, arithmetic: Arithmetic) -> Ball:
+def _state(x: Tensor | None, inputs: Inputs, n: int, arithmetic: ErrorModel) -> Ball:
     H, D = inputs.q.shape[2:]
-    return ball(np.zeros((H, D, D))) if x is None else given(x[n], arithmetic)
+    return ball(np.zeros((H, D, D))) if x is None else arithmetic.argument(x[n])
 
 
-def _stored(x: Ball, like: Tensor | None, arithmetic: Arithmetic) -> Array:
+def _stored(x: Ball, like: Tensor | None, arithmetic: ErrorModel) -> Array:
     """Radius of a result in the dtype it is returned in, that of `like`; a narrow format keeps its subnormals."""
     if like is None or torch.finfo(like.dtype).eps / 2 <= arithmetic.unit:
         return x.rad
@@ -175,7 +159,7 @@ def _stored(x: Ball, like: Tensor | None, arithmetic: Arithmetic) -> Array:
     return np.where(size < narrow.max, x.rad + narrow.eps / 2 * size + narrow.tiny * narrow.eps, np.inf)
 
 
-def _radius(runs: list[_Run], inputs: Inputs, arithmetic: Arithmetic) -> Radius:
+def _radius(runs: list[_Run], inputs: Inputs, arithmetic: ErrorModel) -> Radius:
     N, (H, D) = len(runs), inputs.q.shape[2:]
     o = np.zeros(inputs.q.shape)
     M, S, anchor = (np.zeros((N, H, D, D)) for _ in range(3))
@@ -189,7 +173,7 @@ def _radius(runs: list[_Run], inputs: Inputs, arithmetic: Arithmetic) -> Radius:
 class _Gradients:
     """The radii of the gradients, filled sequence by sequence."""
 
-    def __init__(self, inputs: Inputs, arithmetic: Arithmetic) -> None:
+    def __init__(self, inputs: Inputs, arithmetic: ErrorModel) -> None:
         B, T, H, D = inputs.q.shape
         N = len(inputs.sequences)
         self.inputs, self.arithmetic = inputs, arithmetic
@@ -207,7 +191,7 @@ class _Gradients:
         errors = Errors(dM, dS) if inputs.w is None else None
         for i in reversed(range(len(run.pieces))):
             span, piece = run.spans[i], run.pieces[i]
-            do = given(cotangents.o[run.row, span].transpose(0, 1), self.arithmetic)
+            do = self.arithmetic.argument(cotangents.o[run.row, span].transpose(0, 1))
             back = reverse_piece(piece, do, dM, dS, self.arithmetic)
             self._store(run.row, span, piece, back)
             count = piece.tokens.state_roundings

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from oracle.ball import Arithmetic, Array, Ball, ball, outer, stack
+from oracle.bounds.ball import Array, Ball, ball, outer, stack
+from oracle.bounds.error_model import ErrorModel
 
 
 @dataclass(frozen=True)
-class Tokens:
+class TokenBalls:
     """The tokens of one piece: q, k, v (H, L, D); w, b (H, 1, D) or None; gates (H, L, 1, 1).
 
     `per_token` is the most roundings that one token adds to a product of gates, as (B3) counts them.
@@ -57,14 +58,14 @@ class Tokens:
 
 # The most dot operands in one monomial, those that are q or k and those that are computed. In k A:
 RECALL = (1, 1)
-# in a state, an output, or what a gate, a state or u is given: q, k, and u (or dy) and the weight G_tj (q . k);
+# in a state, an output, or the cotangent of a gate, a state or u: q, k, and u (or dy) and the weight G_tj (q . k);
 OPERANDS = (2, 2)
-# in what q or k is given: k or q, and u, dy and the weight G_tj (u . dy).
+# in the cotangent of q or k: k or q, and u, dy and the weight G_tj (u . dy).
 OPERANDS_OF_ROWS = (1, 3)
 
 
 @dataclass(frozen=True)
-class Norm:
+class NormBalls:
     """norm(y) = x: the centred y, r = 1 / sqrt(var y + eps), and x."""
 
     centred: Ball
@@ -73,10 +74,10 @@ class Norm:
 
 
 @dataclass(frozen=True)
-class Inner:
+class InnerBalls:
     """The stations of eq. (2): norm of y, z = x w + b - (v - k), e = z w, c = mean(e x), p = u / r, and u."""
 
-    norm: Norm
+    norm: NormBalls
     z: Ball
     e: Ball
     c: Ball
@@ -88,13 +89,13 @@ class Inner:
 class Piece:
     """One piece, run: states M, S before the piece and after each token (H, L + 1, D, D), u, y, o (H, L, D)."""
 
-    tokens: Tokens
+    tokens: TokenBalls
     anchor: Ball
     M: Ball
     S: Ball
-    inner: Inner | None
+    inner: InnerBalls | None
     u: Ball
-    read: Norm | None
+    read: NormBalls | None
     o: Ball
     M_T: Ball
     S_T: Ball
@@ -117,13 +118,13 @@ class PieceGradient:
     anchor: Ball
 
 
-def norm(y: Ball, eps: float, arithmetic: Arithmetic) -> Norm:
+def norm(y: Ball, eps: float, arithmetic: ErrorModel) -> NormBalls:
     """norm(y), bound (B5)."""
     rounded, D = arithmetic.rounded, y.mid.shape[-1]
     centred = rounded(y.centred(), _centring(D))
     variance = rounded((centred * centred).mean(), D + 2)
     r = _rsqrt(variance, eps, arithmetic)
-    return Norm(centred, r, rounded(centred * r, 1))
+    return NormBalls(centred, r, rounded(centred * r, 1))
 
 
 def _centring(D: int) -> int:
@@ -131,7 +132,7 @@ def _centring(D: int) -> int:
     return D + 4 if D > 1 else 0
 
 
-def _rsqrt(variance: Ball, eps: float, arithmetic: Arithmetic) -> Ball:
+def _rsqrt(variance: Ball, eps: float, arithmetic: ErrorModel) -> Ball:
     """1 / sqrt(variance + eps), bound (B4): the steepest chord of length `rad` that the variance allows."""
     low = np.maximum(variance.mid - 2 * variance.rad, 0) + eps
     high = low + variance.rad
@@ -141,16 +142,16 @@ def _rsqrt(variance: Ball, eps: float, arithmetic: Arithmetic) -> Ball:
     return arithmetic.rounded(r, 6)
 
 
-def norm_vjp(given: Norm, dx: Ball, dr: Ball, arithmetic: Arithmetic) -> Ball:
+def norm_vjp(norm: NormBalls, dx: Ball, dr: Ball, arithmetic: ErrorModel) -> Ball:
     """Cotangent of y before its last rounding, given those of x = norm(y) and of r beyond x, bound (B6)."""
     rounded, D = arithmetic.rounded, dx.mid.shape[-1]
-    total = rounded((dx * given.centred).sum() + dr, D + 2)
-    slope = rounded(total * (given.r * given.r * given.r), 6)
-    dcentred = rounded(dx * given.r - (given.centred * slope).times(1 / D), 5)
+    total = rounded((dx * norm.centred).sum() + dr, D + 2)
+    slope = rounded(total * (norm.r * norm.r * norm.r), 6)
+    dcentred = rounded(dx * norm.r - (norm.centred * slope).times(1 / D), 5)
     return dcentred.centred()
 
 
-def inner(y: Ball, tokens: Tokens, w: Ball, b: Ball, arithmetic: Arithmetic) -> Inner:
+def inner_gradient(y: Ball, tokens: TokenBalls, w: Ball, b: Ball, arithmetic: ErrorModel) -> InnerBalls:
     """Eq. (2) at y = k A for the normalised memory, bound (B5)."""
     rounded, D = arithmetic.rounded, tokens.width
     normed = norm(y, tokens.eps, arithmetic)
@@ -158,35 +159,35 @@ def inner(y: Ball, tokens: Tokens, w: Ball, b: Ball, arithmetic: Arithmetic) -> 
     e = rounded(z * w, 1)
     c = rounded((e * normed.x).mean(), D + 2)
     p = rounded(e.centred() - normed.x * c, _centring(D))
-    return Inner(normed, z, e, c, p, rounded(normed.r * p, 1))
+    return InnerBalls(normed, z, e, c, p, rounded(normed.r * p, 1))
 
 
-def inner_vjp(given: Inner, w: Ball, du: Ball, arithmetic: Arithmetic) -> tuple[Ball, Ball, Ball]:
-    """Cotangents of y and of z, and that of w unsummed, by the reverse of `inner`, bound (B6)."""
-    rounded, D, x = arithmetic.rounded, du.mid.shape[-1], given.norm.x
-    dr = (du * given.p).sum()
-    dp = rounded(du * given.norm.r, 1)
+def inner_gradient_vjp(inner: InnerBalls, w: Ball, du: Ball, arithmetic: ErrorModel) -> tuple[Ball, Ball, Ball]:
+    """Cotangents of y and of z, and that of w unsummed, by the reverse of `inner_gradient`, bound (B6)."""
+    rounded, D, x = arithmetic.rounded, du.mid.shape[-1], inner.norm.x
+    dr = (du * inner.p).sum()
+    dp = rounded(du * inner.norm.r, 1)
     dc = -rounded((dp * x).mean(), D + 2)
     de = rounded(dp.centred() + dc * x, _centring(D))
     dz = rounded(de * w, 1)
-    dx = rounded(dc * given.e - dp * given.c + dz * w, 4)
-    dy = rounded(norm_vjp(given.norm, dx, dr, arithmetic), _centring(D))
-    return dy, dz, de * given.z + dz * x
+    dx = rounded(dc * inner.e - dp * inner.c + dz * w, 4)
+    dy = rounded(norm_vjp(inner.norm, dx, dr, arithmetic), _centring(D))
+    return dy, dz, de * inner.z + dz * x
 
 
-def run_piece(tokens: Tokens, M: Ball, S: Ball, anchor: Ball, arithmetic: Arithmetic) -> Piece:
+def run_piece(tokens: TokenBalls, M: Ball, S: Ball, anchor: Ball, arithmetic: ErrorModel) -> Piece:
     """Eqs. (2) to (5) over one piece: bounds (B2) of its states and outputs.
 
     M, S and anchor, shape (H, D, D), are the state that enters it.
     """
     rounded, w, b = arithmetic.rounded, tokens.w, tokens.b
     y = tokens.k @ anchor
-    given = None
+    inner = None
     if w is None or b is None:
         u = rounded(y - tokens.v, tokens.width + 1, RECALL)
     else:
-        given = inner(rounded(y, tokens.width, RECALL), tokens, w, b, arithmetic)
-        u = given.u
+        inner = inner_gradient(rounded(y, tokens.width, RECALL), tokens, w, b, arithmetic)
+        u = inner.u
     kicks = (tokens.theta * outer(tokens.k, u)).times(2)
     memories, momenta = [M], [S]
     for t in range(tokens.length):
@@ -201,10 +202,10 @@ def run_piece(tokens: Tokens, M: Ball, S: Ball, anchor: Ball, arithmetic: Arithm
         read = norm(y, tokens.eps, arithmetic)
         o = rounded(y + read.x * w + b, 3)
     M_T, S_T = (rounded(x, tokens.state_roundings, OPERANDS) for x in (M, S))
-    return Piece(tokens, anchor, states, stack(momenta, 1), given, u, read, o, M_T, S_T)
+    return Piece(tokens, anchor, states, stack(momenta, 1), inner, u, read, o, M_T, S_T)
 
 
-def reverse_piece(piece: Piece, do: Ball, dM: Ball, dS: Ball, arithmetic: Arithmetic) -> PieceGradient:
+def reverse_piece(piece: Piece, do: Ball, dM: Ball, dS: Ball, arithmetic: ErrorModel) -> PieceGradient:
     """The adjoint of `run_piece`, bounds (B7).
 
     do, shape (H, L, D), is the cotangent of o; dM and dS, shape (H, D, D), those of the state that leaves the piece.
@@ -238,7 +239,7 @@ def reverse_piece(piece: Piece, do: Ball, dM: Ball, dS: Ball, arithmetic: Arithm
     if piece.inner is None or piece.read is None or w is None:
         d_recall, dv = du, -du
     else:
-        d_recall, dz, dw = inner_vjp(piece.inner, w, du, arithmetic)
+        d_recall, dz, dw = inner_gradient_vjp(piece.inner, w, du, arithmetic)
         dk, dv = dk + dz, -dz
         dw, db = dw + do * piece.read.x, dz + do
     dk = rounded(dk + d_recall @ piece.anchor.mT, roundings + 2, OPERANDS_OF_ROWS)
