@@ -87,14 +87,14 @@ def inner_gradient_vjp(
     z = x * w + b - target
     e = z * w
     c = mean(e * x)
-    g = e - mean(e) - x * c
-    # u = r g
-    dr = (du * g).sum(-1, keepdim=True)
-    dg = du * r
-    # g = e - mean(e) - x c,  c = mean(e x)
-    dc = -mean(dg * x)
-    de = dg - mean(dg) + dc * x
-    dx = dc * e - dg * c
+    p = e - mean(e) - x * c
+    # u = r p
+    dr = (du * p).sum(-1, keepdim=True)
+    dp = du * r
+    # p = e - mean(e) - x c,  c = mean(e x)
+    dc = -mean(dp * x)
+    de = dp - mean(dp) + dc * x
+    dx = dc * e - dp * c
     # e = z w,  z = x w + b - target
     dz = de * w
     dw = de * z + dz * x
