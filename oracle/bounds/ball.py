@@ -45,10 +45,13 @@ class Ball:
         """Apply a linear function with coefficients >= 0: a selection, a sum, a new shape."""
         return Ball(*(function(part) for part in self.parts))
 
+    def with_terms_of(self, polynomial: Ball) -> Ball:
+        """Let later relative errors act on the terms of a polynomial, too, of which this is the value: bound (B6)."""
+        return replace(self, mag=np.maximum(self.mag, polynomial.mag), drift=np.maximum(self.drift, polynomial.drift))
+
     def within(self, polynomial: Ball) -> Ball:
-        """Let the majorants be no less than those of a polynomial that goes on: bound (B11)."""
-        larger = {part: np.maximum(getattr(self, part), getattr(polynomial, part)) for part in ("mag", "cap", "drift")}
-        return replace(self, **larger)
+        """Let all majorants be no less than those of a polynomial that goes on: bound (B11)."""
+        return replace(self.with_terms_of(polynomial), cap=np.maximum(self.cap, polynomial.cap))
 
     def __getitem__(self, index: Any) -> Ball:
         return Ball(*(part[index] for part in self.parts))
@@ -92,6 +95,11 @@ class Ball:
         mean = self.mean()
         rad = (1 - 2 / D) * self.rad + mean.rad if D > 1 else np.zeros_like(self.mid)
         return Ball(self.mid - mean.mid, rad, self.mag + mean.mag, self.cap + mean.cap, self.drift + mean.drift)
+
+    def centred_or_not(self) -> Ball:
+        """The same, where the mean is 0 in exact arithmetic, so that an implementation may leave it out: bound (B6)."""
+        centred = self.centred()
+        return replace(centred, rad=np.maximum(centred.rad, self.rad))
 
 
 def _product(multiply: Callable[[Array, Array], Array], x: Ball, y: Ball) -> Ball:

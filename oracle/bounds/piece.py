@@ -144,11 +144,16 @@ def _rsqrt(variance: Ball, eps: float, arithmetic: ErrorModel) -> Ball:
 
 def norm_vjp(norm: NormBalls, dx: Ball, dr: Ball, arithmetic: ErrorModel) -> Ball:
     """Cotangent of y before its last rounding, given those of x = norm(y) and of r beyond x, bound (B6)."""
-    rounded, D = arithmetic.rounded, dx.mid.shape[-1]
+
+    def rounded(x: Ball, count: int) -> Ball:
+        # terms that cancel in x are rounded further, one by one, where another order adds them later
+        return arithmetic.rounded(x, count).with_terms_of(x)
+
+    D, r = dx.mid.shape[-1], norm.r
     total = rounded((dx * norm.centred).sum() + dr, D + 2)
-    slope = rounded(total * (norm.r * norm.r * norm.r), 6)
-    dcentred = rounded(dx * norm.r - (norm.centred * slope).times(1 / D), 5)
-    return dcentred.centred()
+    slope = rounded(total * (r * r * r), 6)
+    through_x, through_r = rounded(dx * r, 5), rounded((norm.centred * slope).times(1 / D), 5)
+    return through_x.centred() - through_r.centred_or_not()
 
 
 def inner_gradient(y: Ball, tokens: TokenBalls, w: Ball, b: Ball, arithmetic: ErrorModel) -> InnerBalls:
@@ -216,8 +221,9 @@ def reverse_piece(piece: Piece, do: Ball, dM: Ball, dS: Ball, arithmetic: ErrorM
     dy = do
     if piece.read is not None and w is not None:
         dx = rounded(do * w, 1)
+        no_dr = ball(np.zeros_like(dx.mid[..., :1]))
         # do may be added before the mean is taken away, so that D = 1 is no exception here
-        dy = rounded(do + norm_vjp(piece.read, dx, ball(np.zeros_like(dx.mid[..., :1])), arithmetic), tokens.width + 4)
+        dy = rounded(do + norm_vjp(piece.read, dx, no_dr, arithmetic), tokens.width + 4)
 
     reads = outer(q, dy)
     towards_M, towards_S = [], []

@@ -16,6 +16,9 @@ from oracle.bounds.piece import OPERANDS, Piece, PieceGradient, TokenBalls, reve
 from oracle.bounds.plain import Errors, transition
 from oracle.inputs import Cotangents, Inputs
 
+# Of the gradient of a log gate beyond that of the gate: exp is good to 4 units, and their product. (B7)
+LOG_GATE_ROUNDINGS = 5
+
 
 @dataclass(frozen=True)
 class Radius:
@@ -217,7 +220,7 @@ class _Gradients:
         if inputs.log_gates:
             factors = (tokens.theta, tokens.a, tokens.eta)
             dgates = {
-                name: self.arithmetic.rounded(gate * factor, 3)
+                name: self.arithmetic.rounded(gate * factor, LOG_GATE_ROUNDINGS)
                 for (name, gate), factor in zip(dgates.items(), factors, strict=True)
             }
         for name, x in ({"q": back.q, "k": back.k, "v": back.v}).items():

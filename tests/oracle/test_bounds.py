@@ -22,6 +22,10 @@ from oracle.bounds import (
     gradient_radius,
     kernel_arithmetic,
 )
+from oracle.bounds.ball import ball
+from oracle.bounds.gates import EXP_ARGUMENT, gates
+from oracle.bounds.piece import NormBalls, norm_vjp
+from oracle.precision import context
 
 # SPEC section 4 and issue 4: the worst error seen must come this close to the bound, per stage and end to end.
 PER_STAGE, END_TO_END = 1 / 30, 1 / 1000
@@ -417,6 +421,38 @@ def test_float32_gates_are_exact_whatever_tensor_cores_accumulate_in() -> None:
     )
     radius = forward_radius(inputs, kernel_arithmetic(torch.float32, 1, tensor_cores=True))
     assert radius.M.max() < 2.0**-24 * 2.0**-16
+
+
+def test_exp_as_a_power_of_two_stays_within_the_radius_of_the_gate_and_comes_close() -> None:
+    """(B3): 2^y with y = x log2 e, whose two roundings add up where y is just above a power of two."""
+    log2_e = np.float32(1 / math.log(2))
+    x = np.float32(-64 / float(log2_e)) - np.float32(2.0**-18) * np.arange(200, dtype=np.float32)
+    log_gate = torch.tensor(x).reshape(1, -1, 1)
+    rows = torch.ones(1, len(x), 1, 1)
+    inputs = oracle.Inputs(rows, rows, rows, None, None, log_gate, log_gate, log_gate, log_gates=True)
+    theta, _, _ = gates(inputs, 0, slice(0, len(x)), FLOAT32)
+    powers = [context.mpf(2) ** y for y in oracle.exact(x * log2_e)]
+    errors = np.abs(np.array([power - context.exp(y) for power, y in zip(powers, oracle.exact(x), strict=True)]))
+    found = (errors / theta.rad.ravel()).max()
+    assert 1 / EXP_ARGUMENT < found <= 1
+
+
+def test_a_centring_that_may_be_left_out_narrows_no_radius() -> None:
+    """(B6): x has mean 0, so that one implementation takes the mean away and the next does not."""
+    uneven = ball(np.array([3.0, -1, -1, -1]), np.array([1.0, 0, 0, 0]))
+    assert uneven.centred().rad.tolist() == [0.75, 0.25, 0.25, 0.25]
+    assert uneven.centred_or_not().rad.tolist() == [1, 0.25, 0.25, 0.25]
+
+
+def test_roundings_of_the_reverse_of_norm_act_on_terms_that_cancel() -> None:
+    """(B6): dr cancels dx . (y - mean y) here, and an implementation may round both on their way into dy."""
+    D, centred, r = 4, np.array([3.0, -1, -1, -1]), 1 / np.sqrt(3)
+    exact_norm = NormBalls(ball(centred), ball(np.array([r])), ball(centred * r))
+    dx, dr = centred, -(centred * centred).sum()
+    dy = FLOAT32.rounded(norm_vjp(exact_norm, ball(dx), ball(np.array([dr])), FLOAT32), D + 4)
+    through_x, through_r = np.abs(dx) * r, np.abs(centred) * (np.abs(dx * centred).sum() + np.abs(dr)) * r**3 / D
+    roundings = sum((D + 4) * (term + term.mean()) for term in (through_x, through_r)) + (D + 2 + 6 + 5) * through_r
+    assert (dy.rad >= FLOAT32.unit * roundings).all()
 
 
 def test_radii_grow_with_the_unit_roundoff() -> None:
