@@ -14,6 +14,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,18 +22,19 @@ from torch import Tensor
 
 from benchmarks.workload import Inputs, Shape, environment, make_inputs, medians, relative_error, show
 from titans import chunk_titans_linear, titans_linear
+from titans.backend import Backend
 
 CHECKED_CHUNKS = 4
 BLOCK = 300  # milliseconds
 FLOAT32_SANITY = torch.finfo(torch.float32).eps ** 0.5
 
 
-def forward(x: Inputs, C: int, backend: str) -> Tensor:
+def forward(x: Inputs, C: int, backend: Backend) -> Tensor:
     """Run one forward pass of ours."""
     return chunk_titans_linear(*x[:-1], chunk_size=C, initial_state=x.M, backend=backend)[0]
 
 
-def check(shape: Shape, backend: str) -> float:
+def check(shape: Shape, backend: Backend) -> float:
     """Return the float32 error over the first chunks, relative to the token loop in float64; stop if it is absurd."""
     shape = Shape(shape.B, CHECKED_CHUNKS * shape.C, shape.H, shape.D, shape.C)
     x = make_inputs(shape)
@@ -53,7 +55,8 @@ def against_fla(shape: Shape, repeats: int) -> Sequence[str]:
 
     def fla() -> Tensor:
         # It writes to its gates where T is not a multiple of C, which is not so here.
-        return chunk_titans_linear_ref(*x[:-1], chunk_size=shape.C, initial_state=x.M)[0]
+        o: Tensor = chunk_titans_linear_ref(*x[:-1], chunk_size=shape.C, initial_state=x.M)[0]
+        return o
 
     theirs, ours = fla(), forward(x, shape.C, "chunk")
     assert theirs.shape == ours.shape
@@ -64,7 +67,7 @@ def against_fla(shape: Shape, repeats: int) -> Sequence[str]:
     return _row(f"forward, `chunk` against fla-core {shape}", shape, time_chunk, time_fla, error)
 
 
-def against_ours(shape: Shape, other: str, repeats: int) -> Sequence[str]:
+def against_ours(shape: Shape, other: Backend, repeats: int) -> Sequence[str]:
     """Time a forward of `chunk` and of another backend of ours."""
     x = make_inputs(shape)
     error = max(check(shape, "chunk"), check(shape, other))
@@ -74,7 +77,7 @@ def against_ours(shape: Shape, other: str, repeats: int) -> Sequence[str]:
     return _row(f"forward, `chunk` against `{other}` {shape}", shape, time_chunk, time_other, error)
 
 
-def backward_against_forward(shape: Shape, backend: str, repeats: int) -> Sequence[str]:
+def backward_against_forward(shape: Shape, backend: Backend, repeats: int) -> Sequence[str]:
     """Time a forward that records for the backward, and the backward for every input."""
     x = make_inputs(shape).with_grad()
     outputs = [forward(x, shape.C, backend)]
@@ -95,13 +98,13 @@ def _row(what: str, shape: Shape, ours: float, other: float, error: float | None
     return what, str(shape.C), f"{ours:.1f}", f"{other:.1f}", f"{other / ours:.1f}", shown
 
 
-def peak_memory(shape: Shape, backend: str) -> int:
+def peak_memory(shape: Shape, backend: Backend) -> int:
     """Return by how many bytes a forward and backward raise this process's peak resident memory."""
     small = make_inputs(Shape(1, 2 * shape.C, 1, shape.D, shape.C)).with_grad()
-    forward(small, shape.C, backend).sum().backward()  # code and thread pools are loaded
+    torch.autograd.backward(forward(small, shape.C, backend).sum())  # code and thread pools are loaded
     x = make_inputs(shape).with_grad()
     before = _peak_resident()
-    forward(x, shape.C, backend).sum().backward()
+    torch.autograd.backward(forward(x, shape.C, backend).sum())
     return _peak_resident() - before
 
 
@@ -111,7 +114,7 @@ def _peak_resident() -> int:
     return 1024 * int(line.split()[1])
 
 
-def memory_row(shape: Shape, backend: str) -> Sequence[str]:
+def memory_row(shape: Shape, backend: Backend) -> Sequence[str]:
     """Measure the peak in a child; show it beside the bytes of the inputs and of two states per chunk."""
     sizes = ",".join(map(str, (shape.B, shape.T, shape.H, shape.D, shape.C)))
     command = [sys.executable, "-m", "benchmarks.cpu", "--memory-of", sizes, "--backend", backend]
@@ -137,14 +140,11 @@ def main() -> None:
     print(environment("python -m benchmarks.cpu", "cpu"), end="\n\n")
     rows: list[Callable[[], Sequence[str]]] = []
     if not options.no_fla:
-        rows += [lambda C=C: against_fla(Shape(1, 1024, 4, 64, C), min(n, 3)) for C in (64, 16)]
+        rows += [partial(against_fla, Shape(1, 1024, 4, 64, C), min(n, 3)) for C in (64, 16)]
     rows.append(lambda: against_ours(Shape(1, 4096, 4, 64, 64), "recurrent", n))
-    rows += [lambda C=C: against_ours(Shape(1, 4096, 4, 64, C), "log", n) for C in (64, 16)]
+    rows += [partial(against_ours, Shape(1, 4096, 4, 64, C), "log", n) for C in (64, 16)]
     for backend in ("chunk", "log"):
-        rows += [
-            lambda C=C, backend=backend: backward_against_forward(Shape(1, 1024, 4, 64, C), backend, n)
-            for C in (64, 16)
-        ]
+        rows += [partial(backward_against_forward, Shape(1, 1024, 4, 64, C), backend, n) for C in (64, 16)]
     header = ["float32, (B, T, H, D)", "C", "first (ms)", "second (ms)", "second / first", "error against float64"]
     show(header, (row() for row in rows))
     header = ["forward and backward, float32", "C", "inputs (MiB)", "states (MiB)", "peak (MiB)", "peak / both"]

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from benchmarks.workload import Inputs, Shape, environment, make_inputs, medians, milliseconds, relative_error, show
 from titans import TitansState, chunk_titans_linear
+from titans.backend import Backend
 
 CHECKED_CHUNKS = 4
 BFLOAT16_SANITY = 8 * torch.finfo(torch.bfloat16).eps
@@ -64,7 +65,7 @@ CASES = [
 ]
 
 
-def titans(x: Inputs, C: int, backend: str, plain: bool = False) -> tuple[Tensor, TitansState]:
+def titans(x: Inputs, C: int, backend: Backend, plain: bool = False) -> tuple[Tensor, TitansState]:
     """Run one forward of ours."""
     w, b = (None, None) if plain else (x.w, x.b)
     o, state = chunk_titans_linear(
@@ -79,17 +80,19 @@ def ttt(x: Inputs, C: int) -> tuple[Tensor, Any]:
     """Run one forward of fla-core's TTT-Linear, without states, as it is fastest; `theta` is its learning rate."""
     from fla.ops.ttt import chunk_ttt_linear
 
-    return chunk_ttt_linear(x.q, x.k, x.v, x.w, x.b, x.theta, chunk_size=C)[:2]
+    o, state = chunk_ttt_linear(x.q, x.k, x.v, x.w, x.b, x.theta, chunk_size=C)[:2]
+    return o, state
 
 
 def fla_titans(x: Inputs, C: int) -> Tensor:
     """Run one forward of fla-core's Titans, whose values are wrong (see `benchmarks.cpu`)."""
     from fla.ops.titans.naive import chunk_titans_linear_ref
 
-    return chunk_titans_linear_ref(*x[:-1], chunk_size=C, initial_state=x.M)[0]
+    o: Tensor = chunk_titans_linear_ref(*x[:-1], chunk_size=C, initial_state=x.M)[0]
+    return o
 
 
-def errors(shape: Shape, backend: str, device: str) -> Iterator[tuple[str, float]]:
+def errors(shape: Shape, backend: Backend, device: str) -> Iterator[tuple[str, float]]:
     """Compare ours with `chunk` in float64: name and relative error of each result."""
     C = shape.C
     head = make_inputs(Shape(shape.B, CHECKED_CHUNKS * C, shape.H, shape.D, C), torch.bfloat16, device)
@@ -150,7 +153,7 @@ def runs(call: Callable[[], Any]) -> str:
     return ""
 
 
-def compare(case: Case, backend: str, device: str, repeats: int) -> Iterator[tuple[bool, Sequence[str]]]:
+def compare(case: Case, backend: Backend, device: str, repeats: int) -> Iterator[tuple[bool, Sequence[str]]]:
     """Time one case, forward alone and with the backward: whether the musts are met, and the table's row."""
     shape = case.shape
     x = make_inputs(shape, torch.bfloat16, device)
@@ -190,7 +193,7 @@ def judged(value: float, must: float | None) -> tuple[bool, str]:
     return met, "" if must is None else f"{abs(must):g}" + (" ms" if must < 0 else "") + ("" if met else " MISSED")
 
 
-def against_fla_titans(shape: Shape, backend: str, device: str, repeats: int) -> Sequence[str]:
+def against_fla_titans(shape: Shape, backend: Backend, device: str, repeats: int) -> Sequence[str]:
     """Time a forward of ours and, once and cold (it takes seconds), of fla-core's Titans."""
     x = make_inputs(shape, torch.bfloat16, device)
     with torch.no_grad():

@@ -77,7 +77,7 @@ def make_inputs(shape: Shape, dtype: torch.dtype = torch.float32, device: str = 
         eta=normal(B, T, H, 1).sigmoid(),
         M=normal(B, H, D, D),
     )
-    return Inputs(*(x.to(device, dtype) for x in drawn[:-1]), drawn.M.to(device))
+    return Inputs(*(x.to(device, dtype) for x in drawn))._replace(M=drawn.M.to(device))
 
 
 def milliseconds(call: Callable[[], Any], device: str = "cpu", ahead: bool = False) -> float:
@@ -86,15 +86,15 @@ def milliseconds(call: Callable[[], Any], device: str = "cpu", ahead: bool = Fal
     `ahead` keeps the GPU busy while the host queues the call, so that its launches cost nothing.
     """
     if torch.device(device).type == "cuda":
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         torch.empty(CACHE, dtype=torch.uint8, device=device).zero_()
         if ahead:
-            torch.cuda._sleep(AHEAD)
+            torch.cuda._sleep(AHEAD)  # type: ignore[no-untyped-call]
         begin.record()
         call()
         end.record()
         end.synchronize()
-        return begin.elapsed_time(end)
+        return float(begin.elapsed_time(end))
     began = time.perf_counter()
     call()
     return 1e3 * (time.perf_counter() - began)

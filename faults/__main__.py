@@ -13,8 +13,9 @@ import tempfile
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 # Triton looks at this when its kernels are imported.
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -26,10 +27,11 @@ from hypothesis import Phase, settings
 from faults.answers import keep_answers
 from faults.catalogue import FAULTS
 from faults.plant import ROOT, Fault, plant
-from properties import checks
-from properties.conftest import COMMON
-from properties.implementations import implementation, share_of
-from properties.problem import Problem
+from properties.harness.draws import COMMON
+from properties.harness.facts import Recorder
+from properties.harness.implementations import Implementation, implementation, share_of
+from properties.harness.laws import PROPERTIES
+from properties.problems.problem import Problem
 
 # No database may know the answer from the last run.
 settings.register_profile("faults", max_examples=50, database=None, **COMMON)
@@ -64,7 +66,7 @@ class Outcome:
 def questions(fault: Fault, named: bool) -> list[tuple[str, float]]:
     """Return the laws to ask about a fault, those that must notice first, each with its share of the examples."""
     first = [f"test_{law}" for law in fault.laws]
-    others = [] if named else [name for name in checks.PROPERTIES if name not in first]
+    others = [] if named else [name for name in PROPERTIES if name not in first]
     return [(name, share_of(fault.backend, "cpu")) for name in first + others]
 
 
@@ -72,36 +74,36 @@ def draw(name: str, share: float, seed: int) -> list[Problem]:
     """Return the problems that a law would be asked about, in their order; they depend on nothing that is verified."""
     drawn: list[Problem] = []
 
-    def collect(implementation: None, problem: Problem) -> None:
+    def collect(implementation: Implementation | None, problem: Problem) -> None:
         drawn.append(problem)
 
     settings.load_profile("faults")
-    hypothesis.seed(seed)(replace(checks.PROPERTIES[name], law=collect).test(share, phases=[Phase.generate]))(None)
+    test: Any = hypothesis.seed(seed)(PROPERTIES[name].drawn(collect, share, phases=[Phase.generate]))
+    test(None)
     return drawn
 
 
-def examples_needed(name: str, subject: checks.Implementation, problems: Sequence[Problem]) -> int:
+def examples_needed(name: str, subject: Implementation, problems: Sequence[Problem]) -> int:
     """Put an implementation before a law; return how many problems it took to fail, or 0 if it did not."""
-    checks.TALLY.__init__()  # type: ignore[misc]
+    recorder = Recorder()
     for problem in problems:
         try:
-            checks.PROPERTIES[name].law(subject, problem)
+            PROPERTIES[name].check(subject, problem, recorder)
         except Exception:
             # Only a law may fail here, not what runs it.
-            if not checks.TALLY.failing_call:
+            if not recorder.facts.failing_call:
                 raise
             break
-    return checks.TALLY.failing_call
+    return recorder.facts.failing_call
 
 
-def smallest_problem(name: str, subject: checks.Implementation, seed: int) -> str:
+def smallest_problem(name: str, subject: Implementation, seed: int) -> str:
     """Let Hypothesis look for the smallest problem with which an implementation breaks a law."""
-    phases = [Phase.generate, Phase.shrink]
-    test = checks.PROPERTIES[name].test(subject.share, phases=phases, report_multiple_bugs=False)
-    checks.TALLY.__init__()  # type: ignore[misc]
+    phases, recorder = [Phase.generate, Phase.shrink], Recorder()
+    test = PROPERTIES[name].test(recorder, subject.share, phases=phases, report_multiple_bugs=False)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Exception):
         hypothesis.seed(seed)(test)(subject)
-    problem = checks.TALLY.failing_problem
+    problem = recorder.facts.failing_problem
     return repr(Problem.from_json(problem)) if problem else ""
 
 
@@ -117,7 +119,7 @@ def examine(fault: Fault, asked: Mapping[str, Sequence[Problem]], seed: int, shr
         plant(fault, Path(folder))
         subject = implementation(fault.backend, "cpu")
         for name, problems in asked.items():
-            if checks.PROPERTIES[name].needs <= subject.claims and (calls := examples_needed(name, subject, problems)):
+            if PROPERTIES[name].needs <= subject.claims and (calls := examples_needed(name, subject, problems)):
                 outcome.caught[name.removeprefix("test_")] = calls
         if outcome.caught and shrink:
             first = min(outcome.caught, key=lambda law: (law not in fault.laws, outcome.caught[law]))

@@ -13,7 +13,7 @@ from torch import Tensor
 import oracle
 from oracle import bounds
 from oracle.precision import context
-from properties.checks import bits
+from properties.harness.comparing import bits
 
 
 def number(parts: Any) -> Any:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,34 +12,21 @@ from numpy.typing import NDArray
 
 from oracle import Cotangents, Inputs
 from oracle.precision import exact
-from properties.checks import (
-    STATE,
-    TALLY,
-    Implementation,
-    LawBroken,
-    Truth,
-    check,
-    check_against,
-    compute_dtype,
-    law,
-    nearest,
-    note,
-    radii,
-    run,
-    solved,
-    truth,
-)
-from properties.implementations import implementation as backend
-from properties.parts import piece
-from properties.problem import Problem
-from properties.strategies import problems
+from properties.harness.comparing import Comparison, Found, Truth, check, check_against, nearest, radii, solved, truth
+from properties.harness.implementations import Implementation
+from properties.harness.implementations import implementation as backend
+from properties.harness.laws import law
+from properties.harness.running import STATE, LawBroken, compute_dtype, run
+from properties.harness.subcalls import segment
+from properties.problems.problem import Problem
+from properties.problems.strategies import problems
 
 # How often a right implementation may be taken for a wrong one, and the heads that this needs: properties/README.md.
 HEADS, FALSE_ALARM = 256, 1e-9
 # Gates that are another in each head: the errors of heads with one gate are all the same, and no evidence.
 INDEPENDENT = st.sampled_from(("random 2^-1 2^-2", "random 2^-1 2^-8", "random 2^-8 2^-30", "uniform 0", "uniform -3"))
 # A chunk of 64 tokens with these neither explodes nor forgets everything.
-CONTRACTING = {
+CONTRACTING: dict[str, Any] = {
     "theta": st.sampled_from(("constant 2^-8", "uniform -8", "random 2^-11 2^-8")),
     "alpha": st.sampled_from(("constant 2^-8", "uniform -8", "random 2^-16 2^-4")),
     "eta": st.sampled_from(("constant 2^-1", "uniform 0", "random 2^-4 2^-1")),
@@ -73,13 +61,16 @@ def started(part: Inputs, state: Truth) -> Inputs:
     needs=["normalised", "resume", "backward"],
     share=0.3,
 )
-def test_every_chunk_is_right_from_the_oracles_own_state(implementation: Implementation, problem: Problem) -> None:
-    inputs, flowing, state = problem.inputs(), problem.cotangents(), None
+def test_every_chunk_is_right_from_the_oracles_own_state(implementation: Implementation, problem: Problem) -> Found:
+    inputs, flowing = problem.inputs(), problem.cotangents()
+    state: Truth | None = None
+    found: Found = []
     for span in chunks(problem):
-        part = piece(inputs, span) if state is None else started(piece(inputs, span), state)
+        part = segment(inputs, span) if state is None else started(segment(inputs, span), state)
         cotangents = Cotangents(**vars(flowing) | {"o": flowing.o[:, span]})
         state = truth(part, cotangents)
-        check_against(state, implementation, part, cotangents)
+        found += check_against(state, implementation, part, cotangents)[1]
+    return found
 
 
 @law(
@@ -91,8 +82,8 @@ def test_every_chunk_is_right_from_the_oracles_own_state(implementation: Impleme
     needs=["plain"],
     share=0.02,
 )  # fmt: skip
-def test_a_plain_memory_is_right_for_thousands_of_tokens(implementation: Implementation, problem: Problem) -> None:
-    check(implementation, problem)
+def test_a_plain_memory_is_right_for_thousands_of_tokens(implementation: Implementation, problem: Problem) -> Found:
+    return check(implementation, problem)
 
 
 def sizes(name: str, x: NDArray[np.float64], unit: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -100,7 +91,8 @@ def sizes(name: str, x: NDArray[np.float64], unit: NDArray[np.float64]) -> NDArr
     axis = 0 if name in ("dw", "db") else 1 if name.removeprefix("d") in STATE else 2
     relative = np.divide(x, unit, out=np.zeros_like(unit), where=(unit > 0) & (unit < math.inf))
     heads = np.moveaxis(relative, axis, 0).reshape(x.shape[axis], -1)
-    return np.sqrt((heads * heads).sum(1) / max(1, heads.shape[1]))
+    means: NDArray[np.float64] = np.sqrt((heads * heads).sum(1) / max(1, heads.shape[1]))
+    return means
 
 
 def most(heads: int) -> float:
@@ -119,11 +111,12 @@ def most(heads: int) -> float:
     needs=["backward", "large"],
     share=0.2,
 )  # fmt: skip
-def test_errors_are_at_most_twice_those_of_the_definition(implementation: Implementation, problem: Problem) -> None:
+def test_errors_are_at_most_twice_those_of_the_definition(implementation: Implementation, problem: Problem) -> Found:
     inputs, cotangents, wanted = problem.inputs(), problem.cotangents(), solved(problem, True)
-    TALLY.now.compared = True
+    found: Found = []
     both = implementation, backend("recurrent", implementation.device)
-    (ours, its), (radius, unit) = ([f(x, inputs, cotangents) for x in both] for f in (run, radii))
+    ours, its = (run(x, inputs, cotangents) for x in both)
+    radius, unit = (radii(x, inputs, cotangents) for x in both)
     for name in (name for name in wanted if name in ours):
         far, its_far = (nearest(np.abs(exact(x[name]) - wanted[name])) for x in (ours, its))
         rounding = torch.finfo(ours[name].dtype).eps / 2 * nearest(np.abs(wanted[name]))
@@ -133,10 +126,13 @@ def test_errors_are_at_most_twice_those_of_the_definition(implementation: Implem
             known = np.where(radius[name] < math.inf, unit[name], 0)
             error, definition, once, extra = (sizes(name, x, known) for x in (far, its_far, rounding, cost))
         worse = int(np.count_nonzero(~(error <= 2 * definition + once + extra)))
-        note(name, worse / problem.H, 0.0)
+        # Nothing is said of the results being finite.
+        found.append(Comparison(name, ours[name].numel(), worse / problem.H))
         if worse > most(problem.H):
             raise LawBroken(
                 f"{name} is less accurate than the definition\n"
                 f"    heads more than twice as far off {worse} of {problem.H}\n"
-                f"    by chance at most                {most(problem.H):.6g}"
+                f"    by chance at most                {most(problem.H):.6g}",
+                found,
             )
+    return found

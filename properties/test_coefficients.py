@@ -13,15 +13,18 @@ import oracle
 from oracle import Inputs, bounds
 from oracle.coefficients import Coefficients
 from oracle.precision import doubles
-from properties.checks import TALLY, Implementation, compare, law, run
-from properties.problem import Problem
-from properties.strategies import problems
+from properties.harness.comparing import Found, compare
+from properties.harness.implementations import Implementation
+from properties.harness.laws import law
+from properties.harness.running import run
+from properties.problems.problem import Problem
+from properties.problems.strategies import problems
 
 
 def one_chunk(*dtypes: str, **fixed: Any) -> SearchStrategy[Problem]:
     """Draw gates for one chunk of a plain memory."""
     return problems(
-        memories=("plain",), dtypes=dtypes, C=(16,), most=14, D=(1,), sequences=1,
+        memories=("plain",), dtypes=dtypes, C=(16,), most=14, shortest=1, D=(1,), sequences=1,
         packed=False, log_gates=False, initial=("none",), q="zero", k="zero", v="zero", cotangent="o", **fixed,
     )  # fmt: skip
 
@@ -32,7 +35,7 @@ BARELY_NORMAL = {
     "float64": ("constant 2^-1000", "random 2^-990 2^-1015", "ramp 2^-1010 2^-1"),
 }
 ONE_CHUNK = one_chunk("float32", "float64") | st.one_of(
-    one_chunk(dtype, theta=st.sampled_from(theta)) for dtype, theta in BARELY_NORMAL.items()
+    [one_chunk(dtype, theta=st.sampled_from(theta)) for dtype, theta in BARELY_NORMAL.items()]
 )
 
 
@@ -55,15 +58,16 @@ def unit_vectors(problem: Problem) -> Inputs:
     )  # fmt: skip
 
 
-def table(x: Coefficients | bounds.CoefficientsRadius) -> NDArray[np.generic]:
+def table(x: Coefficients | bounds.CoefficientsRadius) -> NDArray[Any]:
     """Lay one head's coefficients out like its outputs, shape (T, T + 2)."""
     return np.concatenate([2 * x.G, x.beta[:, None], x.f[:, None]], 1)
 
 
 @law("4.2", "5.9", problems=ONE_CHUNK, needs=["plain", "resume"], share=3)
-def test_every_coefficient_has_a_few_roundings(implementation: Implementation, problem: Problem) -> None:
+def test_every_coefficient_has_a_few_roundings(implementation: Implementation, problem: Problem) -> Found:
     if not problem.tokens:
-        return
+        return []
+    found: Found = []
     inputs = unit_vectors(problem)
     results = run(implementation, inputs)
     arithmetic = implementation.arithmetic(inputs)
@@ -74,9 +78,10 @@ def test_every_coefficient_has_a_few_roundings(implementation: Implementation, p
         final = np.concatenate([2 * exact.n[-1], [exact.m[-1]]]), np.concatenate([2 * radius.n[-1], [radius.m[-1]]])
         diagonal = results["S"][0, h].diagonal()
         momentum = torch.cat([diagonal[: problem.tokens], diagonal[-1:]])
-        TALLY.now.stage = "coefficients"
-        compare(
+        found += compare(
             {"coefficients": results["o"][0, :, h], "momentum": momentum},
             {"coefficients": table(exact), "momentum": final[0]},
             {"coefficients": table(radius), "momentum": final[1]},
+            stage="coefficients",
         )
+    return found

@@ -16,8 +16,10 @@ from properties import (  # noqa: F401
     test_sequences,
     test_splitting,
 )
-from properties.checks import PROPERTIES, Implementation
-from properties.problem import Problem
+from properties.harness.facts import Recorder
+from properties.harness.implementations import Implementation
+from properties.harness.laws import PROPERTIES
+from properties.problems.problem import Problem
 
 FILES = sorted((Path(__file__).parent / "fixtures").glob("*.json"))
 # Every fixture is a problem for these; it names the laws that it broke besides.
@@ -25,9 +27,9 @@ ALWAYS = ("test_values_are_the_oracles", "test_gradients_are_the_oracles")
 
 
 @pytest.mark.parametrize("fixture", FILES, ids=lambda path: path.stem)
-def test_fixture(fixture: Path, implementation: Implementation) -> None:
+def test_fixture(fixture: Path, implementation: Implementation, recorder: Recorder) -> None:
     fields = json.loads(fixture.read_text())
     problem = Problem.from_json(json.dumps(fields["problem"]))
     for name in dict.fromkeys((*ALWAYS, *fields["laws"])):
         if PROPERTIES[name].needs <= implementation.claims:
-            PROPERTIES[name].law(implementation, problem)
+            PROPERTIES[name].check(implementation, problem, recorder)

@@ -1,20 +1,23 @@
 """Values and gradients are the oracle's: laws 1, 7, 8, 9 and 14."""
 
 from dataclasses import replace
+from typing import Any
 
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from properties.checks import Implementation, check, law
-from properties.problem import Problem
-from properties.strategies import MILD_VALUES, explicit, gates, problems
+from properties.harness.comparing import Found, check
+from properties.harness.implementations import Implementation
+from properties.harness.laws import law
+from properties.problems.problem import Problem
+from properties.problems.strategies import MILD_VALUES, explicit, gates, problems
 
 ENDS = ("0", "1", "2^-149", "2^-126", "2^-1", "1-2^-24")
 FADING = tuple(f"1-2^-{n}" for n in range(1, 25))
 
 
 @st.composite
-def huge(draw: st.DrawFn, **fixed: str) -> Problem:
+def huge(draw: st.DrawFn, /, **fixed: Any) -> Problem:
     """Draw one chunk of a plain memory with these profiles, in which something is too large for its neighbours."""
     return Problem(
         lengths=(draw(st.integers(2, 4)),),
@@ -41,40 +44,40 @@ def two_chunks_and_more(*C: int) -> SearchStrategy[Problem]:
 
 
 @law("5.1", "5.8", problems=problems(), share=3)
-def test_values_are_the_oracles(implementation: Implementation, problem: Problem) -> None:
-    check(implementation, problem, gradients=False)
+def test_values_are_the_oracles(implementation: Implementation, problem: Problem) -> Found:
+    return check(implementation, problem, gradients=False)
 
 
 @law("5.14", "5.8", problems=problems(), share=3, needs=["backward"])
-def test_gradients_are_the_oracles(implementation: Implementation, problem: Problem) -> None:
-    check(implementation, problem)
+def test_gradients_are_the_oracles(implementation: Implementation, problem: Problem) -> Found:
+    return check(implementation, problem)
 
 
 @law("5.1", "5.14", problems=problems(wild=False, dtypes=("float32", "float64")), share=2)
-def test_the_chunked_form_is_the_recurrence_for_any_length(implementation: Implementation, problem: Problem) -> None:
-    check(implementation, problem)
+def test_the_chunked_form_is_the_recurrence_for_any_length(implementation: Implementation, problem: Problem) -> Found:
+    return check(implementation, problem)
 
 
 @law("5.1", "5.14", problems=two_chunks_and_more(33, 48, 65), share=0.3)
-def test_the_chunked_form_is_the_recurrence_for_long_chunks(implementation: Implementation, problem: Problem) -> None:
+def test_the_chunked_form_is_the_recurrence_for_long_chunks(implementation: Implementation, problem: Problem) -> Found:
     # A kernel may cut a chunk into blocks.
-    check(implementation, problem)
+    return check(implementation, problem)
 
 
 @law("5.1", "5.14", problems=two_chunks_and_more(3, 2, 5), share=0.3)
-def test_the_chunked_form_is_the_recurrence_for_short_chunks(implementation: Implementation, problem: Problem) -> None:
+def test_the_chunked_form_is_the_recurrence_for_short_chunks(implementation: Implementation, problem: Problem) -> Found:
     # A kernel may work on a block of several chunks.
-    check(implementation, problem)
+    return check(implementation, problem)
 
 
 @law("5.7", problems=problems(C=(2, 3, 4, 7, 8), wild=False, cotangent="M S anchor"), needs=["final_state"])
-def test_the_state_after_a_tail_is_that_of_the_definition(implementation: Implementation, problem: Problem) -> None:
+def test_the_state_after_a_tail_is_that_of_the_definition(implementation: Implementation, problem: Problem) -> Found:
     # One token more, where the sequence would end with its chunk.
     lengths = tuple(
         T + (T > 0 and (start + T) % problem.C == 0) for T, start in zip(problem.lengths, problem.starts, strict=True)
     )
     uneven = problem.packed or len(set(lengths)) == 1
-    check(implementation, replace(problem, lengths=lengths) if uneven else problem)
+    return check(implementation, replace(problem, lengths=lengths) if uneven else problem)
 
 
 @law(
@@ -83,8 +86,8 @@ def test_the_state_after_a_tail_is_that_of_the_definition(implementation: Implem
     problems=problems(unit_levels=ENDS, theta_levels=("0", "2^-1", "2^-149", "2^-126"), wild=False),
     share=2,
 )
-def test_gates_at_the_ends_of_their_ranges_are_harmless(implementation: Implementation, problem: Problem) -> None:
-    check(implementation, problem)
+def test_gates_at_the_ends_of_their_ranges_are_harmless(implementation: Implementation, problem: Problem) -> Found:
+    return check(implementation, problem)
 
 
 @law(
@@ -99,30 +102,30 @@ def test_gates_at_the_ends_of_their_ranges_are_harmless(implementation: Implemen
     ),
     needs=["normalised"],
 )
-def test_rows_without_variance_are_harmless(implementation: Implementation, problem: Problem) -> None:
-    check(implementation, problem)
+def test_rows_without_variance_are_harmless(implementation: Implementation, problem: Problem) -> Found:
+    return check(implementation, problem)
 
 
 @law("5.9", problems=problems(alpha=gates(FADING), eta=gates(tuple(f"2^-{n}" for n in range(1, 80))), wild=False))
-def test_decays_that_underflow_give_what_is_representable(implementation: Implementation, problem: Problem) -> None:
-    check(implementation, problem)
+def test_decays_that_underflow_give_what_is_representable(implementation: Implementation, problem: Problem) -> Found:
+    return check(implementation, problem)
 
 
 @law("5.4", "4.1", problems=huge(q="spike 70 0", k="spike 70 1", theta="constant 2^-126"), share=0.5)
-def test_huge_later_tokens_harm_nothing_earlier(implementation: Implementation, problem: Problem) -> None:
+def test_huge_later_tokens_harm_nothing_earlier(implementation: Implementation, problem: Problem) -> Found:
     # Nothing overflows but the product of the first query and the second key, which no result contains.
-    check(implementation, problem)
+    return check(implementation, problem)
 
 
 @law("5.4", "4.1", problems=huge(v="spike 70 1", do="spike 70 0"), needs=["backward"], share=0.5)
-def test_huge_later_values_harm_no_earlier_gradient(implementation: Implementation, problem: Problem) -> None:
+def test_huge_later_values_harm_no_earlier_gradient(implementation: Implementation, problem: Problem) -> Found:
     # Nothing overflows but the product of the first cotangent and the second inner gradient, which no result contains.
-    check(implementation, problem)
+    return check(implementation, problem)
 
 
 @law("5.1", "5.14", problems=explicit())
-def test_any_small_numbers_give_the_oracles_results(implementation: Implementation, problem: Problem) -> None:
-    check(implementation, problem)
+def test_any_small_numbers_give_the_oracles_results(implementation: Implementation, problem: Problem) -> Found:
+    return check(implementation, problem)
 
 
 @law(
@@ -133,5 +136,5 @@ def test_any_small_numbers_give_the_oracles_results(implementation: Implementati
     needs=["plain"],
     share=0.3,
 )
-def test_long_sequences_of_a_plain_memory_are_the_recurrence(implementation: Implementation, problem: Problem) -> None:
-    check(implementation, problem)
+def test_long_sequences_of_a_plain_memory_are_the_recurrence(implementation: Implementation, problem: Problem) -> Found:
+    return check(implementation, problem)

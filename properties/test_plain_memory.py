@@ -1,6 +1,7 @@
 """The plain memory is linear, and exact where every number fits: law 10 and section 4.5."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,23 +10,13 @@ from torch import Tensor
 
 from oracle import Cotangents, Inputs
 from oracle.precision import AGREED_DIGITS
-from properties.checks import (
-    TALLY,
-    Implementation,
-    Results,
-    check_inputs,
-    compare,
-    law,
-    nearest,
-    radii,
-    run,
-    same,
-    tensors,
-    truth,
-)
-from properties.parts import chain, stepping
-from properties.problem import Problem
-from properties.strategies import gates, problems, split
+from properties.harness.comparing import Found, check_inputs, compare, compare_exactly, nearest, radii, same, truth
+from properties.harness.implementations import Implementation
+from properties.harness.laws import law
+from properties.harness.running import Results, run, tensors
+from properties.harness.subcalls import chain, stepping
+from properties.problems.problem import Problem
+from properties.problems.strategies import gates, problems, split
 
 # Nothing underflows at either scale: every product of these gates and values stays far from the smallest normal. The
 # length is what a fading gate fades over, which for one so long is mild.
@@ -34,7 +25,13 @@ MILD_GATES = gates(MILD, LONG, LONG).filter(lambda gate: not gate.startswith(("u
 MILD_THETA = gates(("2^-1", "2^-2", "0", "2^0"), LONG, LONG).filter(
     lambda gate: not gate.startswith(("uniform", "sigmoid"))
 )
-LINEAR = {"memories": ("plain",), "dtypes": ("float32", "float64"), "most": 10, "wild": False, "log_gates": False}
+LINEAR: dict[str, Any] = {
+    "memories": ("plain",),
+    "dtypes": ("float32", "float64"),
+    "most": 10,
+    "wild": False,
+    "log_gates": False,
+}
 LINEAR_IN = ("v", "M", "S", "anchor")
 BINARY_GATES = st.sampled_from(("constant 2^-1", "constant 0", "constant 1", "alternate 2^-1 1", "spike 1 2^-1 -1"))
 BINARY_THETA = st.sampled_from(
@@ -45,7 +42,8 @@ INTEGERS = st.sampled_from(("integers 1", "integers 2", "signs", "basis"))
 
 def scaled(inputs: Inputs, by: float) -> Inputs:
     """Scale everything that the plain memory is linear in."""
-    return replace(inputs, **{name: x * by for name, x in tensors(inputs).items() if name in LINEAR_IN})
+    changed: dict[str, Any] = {name: x * by for name, x in tensors(inputs).items() if name in LINEAR_IN}
+    return replace(inputs, **changed)
 
 
 @law(
@@ -53,33 +51,36 @@ def scaled(inputs: Inputs, by: float) -> Inputs:
 )
 def test_scaling_a_plain_memory_by_a_power_of_two_scales_its_results(
     implementation: Implementation, problem: Problem
-) -> None:
+) -> Found:
     by, cotangents = 2.0 ** (problem.seed % 17 - 8), problem.cotangents()
     results = run(implementation, problem.inputs(), cotangents)
     # The gradients for what it is linear in do not change; q, k and the gates see the scale once.
     fixed = {"offset", *(f"d{name}" for name in LINEAR_IN)}
     wanted = {name: x if name in fixed else x * by for name, x in results.items()}
-    same(wanted, run(implementation, scaled(problem.inputs(), by), cotangents))
+    return same(wanted, run(implementation, scaled(problem.inputs(), by), cotangents))
 
 
 @law("5.10", problems=problems(v="integers 3", **LINEAR), needs=["plain"])
-def test_a_plain_memory_is_linear(implementation: Implementation, problem: Problem) -> None:
+def test_a_plain_memory_is_linear(implementation: Implementation, problem: Problem) -> Found:
     one, two = problem.inputs(), replace(problem, seed=problem.seed + 1).inputs()
     # Integers and zeros: their sum is exact, and so is that of the states at half the precision.
-    two = replace(
-        one, v=two.v, **{name: torch.zeros_like(x) for name, x in tensors(one).items() if name in LINEAR_IN[1:]}
-    )
+    zeros: dict[str, Any] = {name: torch.zeros_like(x) for name, x in tensors(one).items() if name in LINEAR_IN[1:]}
+    two = replace(one, v=two.v, **zeros)
     both = replace(one, v=one.v + two.v)
     terms = {name: (x, truth(two)[name]) for name, x in truth(one).items()}
     sums = {name: x + y for name, (x, y) in terms.items()}
     # Where the two cancel, what is left of them has only the digits that the oracle promises of each.
     doubt = {name: nearest(abs(x) + abs(y)) * 10.0**-AGREED_DIGITS for name, (x, y) in terms.items()}
     radius = {name: x + doubt[name] for name, x in radii(implementation, both).items()}
-    compare(run(implementation, both), sums, radius)
-    parts = [check_inputs(implementation, x, None) for x in (one, two)]
+    found = compare(run(implementation, both), sums, radius)
+    parts: list[Results] = []
+    for x in (one, two):
+        results, compared = check_inputs(implementation, x, None)
+        parts.append(results)
+        found += compared
     total = {name: parts[0][name].double() + parts[1][name].double() for name in {*sums} & {*parts[0]}}
     radius = {name: x + radii(implementation, two)[name] for name, x in radii(implementation, one).items()}
-    compare(total, truth(both), radius)
+    return found + compare(total, truth(both), radius)
 
 
 def majorant(inputs: Inputs, cotangents: Cotangents) -> Results:
@@ -122,26 +123,25 @@ def fits(inputs: Inputs, cotangents: Cotangents) -> bool:
 
 EXACT = split(
     problems(
-        memories=("plain",), dtypes=("float64", "float32"), D=(1, 2, 3), most=14, packed=False, log_gates=False,
-        theta=BINARY_THETA, alpha=BINARY_GATES, eta=BINARY_GATES, q=INTEGERS, k=INTEGERS, v=INTEGERS,
+        memories=("plain",), dtypes=("float64", "float32"), D=(1, 2, 3), most=14, shortest=1, packed=False,
+        log_gates=False, theta=BINARY_THETA, alpha=BINARY_GATES, eta=BINARY_GATES, q=INTEGERS, k=INTEGERS, v=INTEGERS,
         state="integers 2",
     )
 )  # fmt: skip
 
 
 @law("4.5", "5.2", problems=EXACT, needs=["plain", "exact"], share=2)
-def test_small_integers_give_exactly_the_oracles_values(implementation: Implementation, problem: Problem) -> None:
+def test_small_integers_give_exactly_the_oracles_values(implementation: Implementation, problem: Problem) -> Found:
     inputs, flowing = problem.inputs(), problem.cotangents()
-    whole = {name: x.mul(4).round() if x is not None else None for name, x in vars(flowing).items()}
+    whole: dict[str, Any] = {name: None if x is None else x.mul(4).round() for name, x in vars(flowing).items()}
     cotangents = Cotangents(**whole)
     if not problem.tokens or not fits(inputs, cotangents):
-        return
+        return []
     wanted = truth(inputs, cotangents)
-    nothing = {name: np.zeros(x.shape) for name, x in wanted.items()}
-    TALLY.now.exact = True
-    compare(run(implementation, inputs, cotangents), wanted, nothing)
+    found = compare_exactly(run(implementation, inputs, cotangents), wanted)
     if {"resume", "offset"} <= implementation.claims:
-        compare(chain(implementation, inputs, cotangents, problem.splits), wanted, nothing)
+        found += compare_exactly(chain(implementation, inputs, cotangents, problem.splits), wanted)
     if "step" in implementation.claims and problem.initial in ("none", "full"):
         steps = range(1, problem.lengths[0])
-        compare(chain(stepping(implementation), inputs, cotangents, steps), wanted, nothing)
+        found += compare_exactly(chain(stepping(implementation), inputs, cotangents, steps), wanted)
+    return found

@@ -9,9 +9,13 @@ import torch
 from torch import Tensor
 
 # Importing the fixtures registers all laws.
-from properties import report, test_fixtures  # noqa: F401
-from properties.checks import PROPERTIES, TALLY, Implementation, LawBroken
-from properties.problem import Problem
+from properties import test_fixtures  # noqa: F401
+from properties.harness import ratchet
+from properties.harness.facts import Recorder, worst_error
+from properties.harness.implementations import Implementation
+from properties.harness.laws import PROPERTIES
+from properties.harness.running import LawBroken
+from properties.problems.problem import Problem
 
 # What "no longer as accurate" means, in SPEC.md.
 WORSE = 4
@@ -31,8 +35,8 @@ def halves_swapped(D: int) -> Tensor:
     return torch.arange(D).roll(D // 2)
 
 
-# Another machine's products have other orders of their sums, and other luck: one error on an Intel Xeon was 4.01 times
-# that on an AMD EPYC, and 1.75 to 3.35 times in seven other orders of the features.
+# Another machine's products have other orders of their sums, and other luck: an error that is four times as large in
+# one order may be less than that in all others.
 ORDERS: tuple[Order, ...] = (backwards, halves_swapped)
 
 
@@ -60,25 +64,25 @@ def reordered(implementation: Implementation, order: Order) -> Implementation:
     return replace(implementation, call=call)
 
 
-def replayed(implementation: Implementation, law: str, problem: str, enough: float) -> float:
+def replayed(implementation: Implementation, law: str, problem: Problem, enough: float, recorder: Recorder) -> float:
     """Return the error of a problem in ulps, the least of some orders of its sums unless the first is small enough."""
     errors: list[float] = []
     for candidate in (implementation, *(reordered(implementation, order) for order in ORDERS)):
-        PROPERTIES[law].law(candidate, Problem.from_json(problem))
-        errors.append(TALLY.last.error)
+        errors.append(worst_error(PROPERTIES[law].check(candidate, problem, recorder)))
         if errors[-1] <= enough:
             break
     return min(errors)
 
 
 @pytest.mark.law("4.4", needs=frozenset())
-def test_ratchet(implementation: Implementation) -> None:
-    stored = report.read_ratchet().get(report.subject(implementation.name, implementation.device), {})
+def test_ratchet(implementation: Implementation, recorder: Recorder) -> None:
+    stored = ratchet.read().get(ratchet.subject(implementation.name, implementation.device), {})
     if not stored:
         pytest.skip("worst cases in ratchet.json")
     for key, (error, problem) in stored.items():
         limit = WORSE * max(error, ONE_ROUNDING)
-        now = replayed(implementation, key.partition(" ")[0], problem, enough=limit)
-        TALLY.tightness[f"ratchet {key}"] = now / error
+        law = key.partition(" ")[0]
+        now = replayed(implementation, law, Problem.from_json(problem), limit, recorder)
+        recorder.ratio(f"ratchet {key}", now / error)
         if now > limit:
             raise LawBroken(f"{key}: the error was {error:.6g} ulp and is {now:.6g} ulp, of {problem}")

@@ -1,62 +1,81 @@
 """A sequence may be split anywhere and resumed: law 2."""
 
+from collections.abc import Sequence
+
 import torch
 
 from oracle import Cotangents, Inputs
-from properties.checks import STATE, Implementation, Results, check_inputs, law, run, same
-from properties.parts import TOKENS, chain, piece, resumed, reverse_pieces, spans, stepping
-from properties.problem import Problem
-from properties.strategies import problems, split
+from properties.harness.comparing import Found, check_inputs, same
+from properties.harness.implementations import Implementation
+from properties.harness.laws import law
+from properties.harness.running import STATE, Results, run
+from properties.harness.subcalls import TOKENS, chain, resumed, segment, spans, stepping
+from properties.problems.problem import Problem
+from properties.problems.strategies import problems, split
 
 PER_TOKEN = ("o", *(f"d{name}" for name in TOKENS))
-UNPACKED = split(problems(packed=False, wild=False, most=16))
-STEPS = problems(packed=False, wild=False, most=6, initial=("none", "full"))
+SPLIT = split(problems(packed=False, wild=False, most=16, shortest=2))
 
 
-def check_pieces(
-    implementation: Implementation, inputs: Inputs, cotangents: Cotangents, splits: tuple[int, ...]
-) -> list[Results]:
-    """Check each piece from the state that the one before it really left, and backwards; return all results."""
-    cuts, calls = spans(inputs.q.shape[1], splits), []
+def check_segments(
+    implementation: Implementation, inputs: Inputs, cotangents: Cotangents, splits: Sequence[int]
+) -> tuple[list[Results], Found]:
+    """Check each segment from the state that the one before it really left, and backwards; return all results."""
+    calls: list[Inputs] = []
+    cuts = spans(inputs.q.shape[1], splits)
     for span in cuts:
-        part = piece(inputs, span)
+        part = segment(inputs, span)
         calls.append(resumed(part, run(implementation, calls[-1])) if calls else part)
-    backwards, results = reverse_pieces(calls, cotangents, cuts), []
-    step = next(backwards)
-    while step:
-        results.append(check_inputs(implementation, *step))
-        try:
-            step = backwards.send(results[-1])
-        except StopIteration:
-            step = None
-    return results[::-1]
+    flowing = {name: getattr(cotangents, name) for name in STATE}
+    results: list[Results] = []
+    found: Found = []
+    for part, span in zip(reversed(calls), reversed(cuts), strict=True):
+        one, compared = check_inputs(implementation, part, Cotangents(o=cotangents.o[:, span], **flowing))
+        flowing = {name: one.get(f"d{name}") for name in STATE}
+        results.append(one)
+        found += compared
+    return results[::-1], found
 
 
-def check_chain(implementation: Implementation, problem: Problem, splits: tuple[int, ...]) -> None:
-    """Check the pieces one by one, and that autograd through all of them gives the same."""
+def check_chain(implementation: Implementation, problem: Problem, splits: Sequence[int]) -> Found:
+    """Check the segments one by one, and that autograd through all of them gives the same."""
     inputs, cotangents = problem.inputs(), problem.cotangents()
-    pieces = check_pieces(implementation, inputs, cotangents, splits)
+    segments, found = check_segments(implementation, inputs, cotangents, splits)
     through = chain(implementation, inputs, cotangents, splits)
-    first = {name: x for name, x in pieces[0].items() if name in ("dM", "dS", "danchor")}
-    wanted = first | {name: pieces[-1][name] for name in STATE if name in through}
-    wanted |= {name: torch.cat([part[name] for part in pieces], 1) for name in PER_TOKEN if name in through}
-    # Not their sum: autograd adds up what single tokens gave, which may cancel, in an order of its own.
-    wanted |= {name: torch.stack([part[name] for part in pieces]) for name in ("dw", "db") if name in through}
-    same(wanted, through)
+    first = {name: x for name, x in segments[0].items() if name in ("dM", "dS", "danchor")}
+    wanted = first | {name: segments[-1][name] for name in STATE if name in through}
+    wanted |= {name: torch.cat([part[name] for part in segments], 1) for name in PER_TOKEN if name in through}
+    # Not their sum: autograd adds the gradients of single tokens, which may cancel, in an order of its own.
+    wanted |= {name: torch.stack([part[name] for part in segments]) for name in ("dw", "db") if name in through}
+    return found + same(wanted, through)
 
 
-@law("5.2", problems=UNPACKED, needs=["resume"], share=1.5)
-def test_splitting_a_sequence_changes_nothing(implementation: Implementation, problem: Problem) -> None:
+def places(implementation: Implementation, problem: Problem) -> tuple[int, ...]:
+    """Return where to split: between chunks, for an implementation that resumes there only."""
     anywhere = "offset" in implementation.claims
-    check_chain(implementation, problem, tuple(n if anywhere else n - n % problem.C for n in problem.splits))
+    return tuple(n if anywhere else n - n % problem.C for n in problem.splits)
 
 
-@law("5.2", problems=problems(packed=False, wild=False, most=6), needs=["offset"], share=0.5)
-def test_splitting_into_single_tokens_changes_nothing(implementation: Implementation, problem: Problem) -> None:
-    check_chain(implementation, problem, tuple(range(1, problem.lengths[0])))
+def is_split_inside(implementation: Implementation, problem: Problem) -> bool:
+    """Whether a split leaves tokens on both sides."""
+    return any(0 < n < problem.lengths[0] for n in places(implementation, problem))
 
 
-@law("5.2", problems=STEPS, needs=["step"])
-def test_decoding_step_by_step_changes_nothing(implementation: Implementation, problem: Problem) -> None:
-    if problem.tokens:
-        check_chain(stepping(implementation), problem, tuple(range(1, problem.lengths[0])))
+@law("5.2", problems=SPLIT, needs=["resume"], share=1.5, about=is_split_inside)
+def test_splitting_a_sequence_changes_nothing(implementation: Implementation, problem: Problem) -> Found:
+    return check_chain(implementation, problem, places(implementation, problem))
+
+
+@law("5.2", problems=problems(packed=False, wild=False, most=6, shortest=2), needs=["offset"], share=0.5)
+def test_splitting_into_single_tokens_changes_nothing(implementation: Implementation, problem: Problem) -> Found:
+    return check_chain(implementation, problem, range(1, problem.lengths[0]))
+
+
+@law(
+    "5.2",
+    problems=problems(packed=False, wild=False, most=6, shortest=1, initial=("none", "full")),
+    needs=["step"],
+)
+def test_decoding_step_by_step_changes_nothing(implementation: Implementation, problem: Problem) -> Found:
+    T = problem.lengths[0]
+    return check_chain(stepping(implementation), problem, range(1, T)) if T else []

@@ -21,7 +21,7 @@ def adapter(use_chunk: bool, coefficients: Callable[..., Any] = naive.combine_pa
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         gates = (x if x.ndim == 4 else x[..., None] for x in (theta, alpha, eta))
         # There is no room for a momentum: of a state they take M.
-        M = initial_state.M if isinstance(initial_state, tuple) else initial_state
+        M = getattr(initial_state, "M", initial_state)
         with mock.patch.object(naive, "combine_params_log", coefficients):
             o, final = naive.chunk_titans_linear_ref(
                 q, k, v, w, b, *gates, initial_state=M, use_chunk=use_chunk, **options

@@ -29,7 +29,7 @@ class Pick(nn.Module):
 
     def __init__(self, pick: Callable[[Tensor], Any]) -> None:
         super().__init__()
-        self.forward = pick  # type: ignore[assignment]
+        self.forward = pick
 
 
 def squared(prediction: Tensor, target: Tensor) -> Tensor:
@@ -43,8 +43,9 @@ def module(D: int, C: int) -> NeuralMemory:
         D, chunk_size=1, batch_size=C, model=MemoryMLP(D, depth=1), store_memory_loss_fn=squared, pre_rmsnorm=False,
         mem_model_norm_add_residual=False, adaptive_step_transform=lambda theta: theta,
     )  # fmt: skip
-    for i, name in enumerate(("to_queries", "to_keys", "to_values")):
-        setattr(memory, name, Pick(lambda x, i=i: x[..., i * D : (i + 1) * D]))
+    memory.to_queries = Pick(lambda x: x[..., :D])
+    memory.to_keys = Pick(lambda x: x[..., D : 2 * D])
+    memory.to_values = Pick(lambda x: x[..., 2 * D : 3 * D])
     memory.to_adaptive_step = Pick(lambda x: x[..., 3 * D])
     memory.to_decay_factor = Pick(lambda x: Gate(x[..., 3 * D + 1, None]))
     memory.to_momentum = Pick(lambda x: Gate(x[None, ..., 3 * D + 2, None]))

@@ -13,9 +13,9 @@ import oracle
 from faults.answers import keep
 from faults.catalogue import FAULTS
 from faults.plant import ROOT, Fault, plant
-from properties.checks import PROPERTIES
-from properties.implementations import BACKENDS
-from properties.problem import Problem
+from properties.harness.implementations import BACKENDS
+from properties.harness.laws import PROPERTIES
+from properties.problems.problem import Problem
 
 for path in sorted((ROOT / "properties").glob("test_*.py")):
     importlib.import_module(f"properties.{path.stem}")

@@ -2,12 +2,9 @@
 
 import os
 from pathlib import Path
-from typing import Any
 
-import pytest
-
-from properties import implementations
-from properties.checks import Implementation
+from properties.harness import implementations, plugin
+from properties.harness.implementations import Implementation
 from tests.properties.wrong import Half, implementation
 
 
@@ -17,11 +14,5 @@ def wrong(name: str, device: str) -> Implementation:
 
 
 implementations.implementation = wrong
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Save failures elsewhere."""
-    for plugin in config.pluginmanager.get_plugins():
-        if hasattr(plugin, "FIXTURES"):
-            module: Any = plugin
-            module.FIXTURES = Path(os.environ["FIXTURES"])
+# Failures are saved elsewhere.
+plugin.FIXTURES = Path(os.environ["FIXTURES"])

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from properties.problem import Problem
+from properties.problems.problem import Problem
 from tests.properties.test_laws import run_suite
 
 

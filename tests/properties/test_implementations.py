@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 
 import titans
-from properties.checks import CLAIMS, PROPERTIES, call, check, run, same_bits, tensors
-from properties.implementations import OPTIONAL, Adapter, foreign, implementation
-from properties.problem import Problem
+from properties.harness.comparing import check
+from properties.harness.foreign import OPTIONAL, Adapter, foreign
+from properties.harness.implementations import CLAIMS
+from properties.harness.laws import PROPERTIES
+from properties.harness.running import call, tensors
+from properties.problems.problem import Problem
 from tests.properties.adapted import OUTPUTS_ALONE
 from tests.properties.test_laws import ROOT, run_suite
 
@@ -109,31 +112,3 @@ def test_the_adapter_in_the_readme_passes(tmp_path: Path) -> None:
     test = "properties/test_oracle.py::test_values_are_the_oracles"
     output = run_suite(test, "--impl", "my_adapter:memory", PYTHONPATH=str(tmp_path))
     assert "1 passed" in output
-
-
-def test_the_interpreter_patches_the_language_once_in_a_launch_and_computes_the_same(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    from triton.runtime import interpreter
-
-    function, original = interpreter.InterpretedFunction, interpreter._patch_lang
-    calls: list[int] = []
-
-    def count(fn: object) -> object:
-        calls.append(id(fn))
-        return original(fn)
-
-    def anew(self: object, *arguments: object) -> object:
-        interpreter._patch_lang(self.fn)
-        return self.rewrite()(*arguments)
-
-    monkeypatch.setattr(interpreter, "_patch_lang", count)
-    problem = Problem(
-        lengths=(5, 0, 3), packed=True, H=2, D=3, C=2, memory="normalised", initial="full", offsets=(1, 0, 1)
-    )
-    subject = implementation("triton", "cpu")
-    results = run(subject, problem.inputs(), problem.cotangents())
-    few = len(calls)
-    monkeypatch.setattr(function, "__call__", anew)
-    same_bits(results, run(subject, problem.inputs(), problem.cotangents()))
-    assert 0 < few < len(calls) - few

@@ -13,8 +13,9 @@ from xml.etree import ElementTree
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
-from properties.checks import PROPERTIES, LawBroken, replay
-from properties.problem import Problem
+from properties.harness.laws import PROPERTIES
+from properties.harness.running import LawBroken
+from properties.problems.problem import Problem
 from tests.properties import wrong
 from tests.properties.wrong import Definition, implementation
 
@@ -79,7 +80,7 @@ def examine(law: str, definition: Definition, examples: int, shrink: bool = Fals
         max_examples=examples, phases=phases, database=None, derandomize=True, deadline=None,
         report_multiple_bugs=False, suppress_health_check=list(HealthCheck),
     )  # fmt: skip
-    quick(given(problem=PROPERTIES[law].problems)(PROPERTIES[law].law))(implementation(definition))
+    quick(given(problem=PROPERTIES[law].problems)(PROPERTIES[law].check))(implementation(definition))
 
 
 def test_every_law_has_a_mistake_to_catch() -> None:
@@ -117,7 +118,7 @@ def test_a_failure_says_what_where_and_how_to_see_it_again() -> None:
     problem = Problem.from_json(re.search(r"--replay '(.*)'", notes).group(1))
     assert problem.tokens == 1
     with pytest.raises(LawBroken):
-        replay(PROPERTIES["test_values_are_the_oracles"].law, problem)(implementation(wrong.Half()))
+        PROPERTIES["test_values_are_the_oracles"].replay(problem)(implementation(wrong.Half()))
 
 
 # The seed of a nested run. In CI it is always the same; elsewhere none is, unless the environment says which.

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 
 from properties import test_plain_memory  # noqa: F401
-from properties.checks import PROPERTIES
-from properties.problem import Problem
+from properties.harness.laws import PROPERTIES
+from properties.problems.problem import Problem
 
 SCALING = PROPERTIES["test_scaling_a_plain_memory_by_a_power_of_two_scales_its_results"]
 # Exponents: of the smallest state, of the smallest scale, of q, k and v together; and what is left for small numbers.

@@ -11,10 +11,10 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 
 from oracle import Inputs
-from properties import conftest as conftest  # It registers the profiles.
-from properties import independent
-from properties.problem import HALF, Problem
-from properties.strategies import PRIMES, explicit, problems, split
+from properties.harness import draws as draws  # It registers the profiles.
+from properties.harness import workarounds
+from properties.problems.problem import HALF, Problem
+from properties.problems.strategies import PRIMES, explicit, problems, split
 
 DRAWS = 1500
 # Each edge is reached at least this often.
@@ -120,7 +120,7 @@ def reached() -> Counter[str]:
 
     @settings(
         max_examples=DRAWS, phases=[Phase.generate], database=None, derandomize=True, deadline=None,
-        suppress_health_check=list(HealthCheck), backend=independent.NAME,
+        suppress_health_check=list(HealthCheck), backend=workarounds.INDEPENDENT,
     )  # fmt: skip
     @given(problem=split(problems()))
     def draw(problem: Problem) -> None:

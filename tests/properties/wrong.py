@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from properties.checks import CLAIMS, Implementation
+from properties.harness.implementations import CLAIMS, Implementation
 
 
 class State(NamedTuple):

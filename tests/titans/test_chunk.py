@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from properties import checks
-from properties.implementations import implementation
-from properties.problem import Problem
+from properties.harness.comparing import check, is_unsure, radii
+from properties.harness.implementations import implementation
+from properties.harness.running import run
+from properties.problems.problem import Problem
 from titans import chunk, chunk_titans_linear
 from titans.arguments import Call
 from titans.chunk import Tokens
@@ -44,14 +45,14 @@ def test_the_chunk_form_is_the_definition(backend: str, problem: Problem) -> Non
     """Both are within their radius of the exact value, so within the sum of each other."""
     inputs, cotangents = problem.inputs(), problem.cotangents()
     both = [implementation(name, "cpu") for name in (backend, "recurrent")]
-    x, y = (checks.run(one, inputs, cotangents) for one in both)
-    radius, other = (checks.radii(one, inputs, cotangents) for one in both)
+    x, y = (run(one, inputs, cotangents) for one in both)
+    radius, other = (radii(one, inputs, cotangents) for one in both)
     assert torch.equal(x["offset"], y["offset"])
     for name in radius:
         error, bound = (x[name] - y[name]).abs().numpy(), radius[name] + other[name]
         assert (error <= bound).all(), name
         if error.size:
-            assert not checks.is_unsure(torch.float64, y[name].abs().numpy(), bound), name
+            assert not is_unsure(torch.float64, y[name].abs().numpy(), bound), name
 
 
 @pytest.mark.parametrize("start", ["none", "zero", "M"])
@@ -59,7 +60,7 @@ def test_a_missing_anchor_is_the_memory(start: str) -> None:
     """So is the cotangent of the anchor that of the memory."""
     problem = Problem((7, 7), D=3, C=4, memory="normalised", initial=start, dtype="float64", eps=2.0**-2)
     for backend in ("chunk", "log"):
-        checks.check(implementation(backend, "cpu"), problem)
+        check(implementation(backend, "cpu"), problem)
 
 
 @pytest.mark.parametrize("backend", ["chunk", "log"])

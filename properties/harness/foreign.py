@@ -1,4 +1,4 @@
-"""The implementations of this repository, with what they claim, and anybody else's."""
+"""Anybody else's implementation: any callable with the signature of `titans.chunk_titans_linear`."""
 
 import functools
 import importlib
@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from oracle import Inputs, bounds
-from properties.checks import CLAIMS, Implementation
+from properties.harness.implementations import CLAIMS, Implementation, chosen
 
-BACKENDS = ("recurrent", "chunk", "log", "triton")
-DEFAULT = "recurrent,chunk,log,triton"
 # What nobody has who has not the other.
 IMPLIED = {
     "resume": {"initial_state", "final_state"},
@@ -23,80 +21,6 @@ IMPLIED = {
 }
 # What may be declared lacking; the rest of `CLAIMS` follows.
 OPTIONAL = CLAIMS - {"step", "batch_invariant"}
-
-
-def patch_once() -> None:
-    """Let Triton's interpreter patch `triton.language` once in a launch, not in every call of a helper.
-
-    Every call looks through all that the language has: that takes 2/5 of the time of these kernels.
-    """
-    from triton.runtime import interpreter
-
-    function, patched = interpreter.InterpretedFunction, set[int]()
-    if function.__call__.__module__ == __name__:
-        return
-    launch = function.run
-
-    def run(self: Any, *arguments: Any, **options: Any) -> None:
-        patched.clear()
-        launch(self, *arguments, **options)
-
-    def call(self: Any, *arguments: Any, **options: Any) -> Any:
-        # What is patched are the modules of the language that the helper's own module knows.
-        if (module := id(self.fn.__globals__)) not in patched:
-            interpreter._patch_lang(self.fn)
-            patched.add(module)
-        return self.rewrite()(*arguments, **options)
-
-    function.run, function.__call__ = run, call
-
-
-def share_of(backend: str, device: str) -> float:
-    """Return how many of a profile's examples a backend gets: Triton's interpreter is slow."""
-    return 0.15 if (backend, device) == ("triton", "cpu") else 1.0
-
-
-def implementation(backend: str, device: str) -> Implementation:
-    """Return one backend of `titans` on one device."""
-    import titans
-
-    if backend not in BACKENDS:
-        raise ValueError(f"a backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    lacks = {
-        "recurrent": {"batch_invariant"},
-        "chunk": {"batch_invariant"},
-        # The exponential of a sum of logs is not the exact product.
-        "log": {"batch_invariant", "exact"},
-        # Its interpreter takes bfloat16 for something else, and its time.
-        "triton": {"float64"} | (set() if device == "cuda" else {"bfloat16", "large"}),
-    }
-    if (backend, device) == ("triton", "cpu"):
-        patch_once()
-    call, step = titans.chunk_titans_linear, titans.titans_linear_step
-    return Implementation(
-        name=backend,
-        call=functools.partial(call, backend=backend),
-        step=functools.partial(step, backend=backend),
-        state=titans.TitansState,
-        claims=CLAIMS - lacks[backend],
-        device=device,
-        arithmetic=functools.partial(arithmetic, backend, device),
-        share=share_of(backend, device),
-    )
-
-
-def arithmetic(backend: str, device: str, inputs: Inputs) -> bounds.ErrorModel:
-    """Return what a backend computes with in a call."""
-    if backend == "triton":
-        return bounds.kernel_arithmetic(inputs.q.dtype, inputs.q.shape[-1], tensor_cores=device == "cuda")
-    return bounds.arithmetic_for(inputs.q.dtype, log_space=backend == "log")
-
-
-def chosen(device: str, inputs: Inputs) -> bounds.ErrorModel:
-    """Return what `titans` computes with in a call for which it chooses the backend itself."""
-    kernels = device == "cuda" and inputs.q.dtype != torch.float64 and inputs.q.shape[-1] <= 128
-    backend = "triton" if kernels else "log" if inputs.log_gates else "chunk"
-    return arithmetic(backend, device, inputs)
 
 
 class State(NamedTuple):
@@ -228,7 +152,8 @@ class Adapter:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             result = self.function(*tensors, **options)
-        return result if isinstance(result, (tuple, list)) else (result, None)
+        o, final = result if isinstance(result, (tuple, list)) else (result, None)
+        return o, final
 
 
 def final_state(final: Any) -> Any:
@@ -239,11 +164,3 @@ def final_state(final: Any) -> Any:
     if isinstance(final, Tensor):
         return State(final, torch.zeros_like(final), final, torch.zeros(len(final), dtype=torch.int64))
     return State(*final) if isinstance(final, (tuple, list)) and not hasattr(final, "anchor") else final
-
-
-def devices() -> str:
-    """Name the devices there are."""
-    if not torch.cuda.is_available():
-        return "cpu only"
-    count = torch.cuda.device_count()
-    return f"{count} x {torch.cuda.get_device_name()}" if count > 1 else torch.cuda.get_device_name()

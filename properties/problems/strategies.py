@@ -7,7 +7,8 @@ from typing import Any
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from properties.problem import HALF, Problem
+from properties.problems.kinds import GATE_KINDS, VALUE_KINDS
+from properties.problems.problem import HALF, Problem
 
 # Gates in [0, 1], mild ones first: ends of the range, last bits of each format, smallest normals and subnormals.
 NEAR_0 = tuple(f"2^-{n}" for n in (2, 3, 4, 8, 11, 16, 24, 25, 53, 64, 126, 133, 149, 1022, 1074, 2000))
@@ -23,24 +24,13 @@ CALM_THETAS = ("random 2^-4 2^-6", "constant 2^-5", "alternate 2^-4 0", "uniform
 
 
 @st.composite
-def gates(draw: st.DrawFn, levels: Sequence[str] = UNIT_LEVELS, C: int = 16, T: int = 16) -> str:
+def gates(draw: st.DrawFn, /, levels: Sequence[str] = UNIT_LEVELS, C: int = 16, T: int = 16) -> str:
     """Draw what one gate is like."""
-    level = st.sampled_from(levels)
-    between = st.sampled_from([x for x in levels if x not in ("0", "1")])
     # A decay of 2^-n whose product leaves float32 within a chunk, and only over the whole sequence.
     fading = [-(-150 // max(n, 1)) for n in (C, T, 2 * C, 2 * T)]
     form = "1-2^-{}" if "1" in levels and draw(st.booleans()) else "2^-{}"
-    kinds: dict[str, SearchStrategy[str]] = {
-        "constant": st.builds("constant {}".format, level),
-        "random": st.builds("random {} {}".format, between, between),
-        "uniform": st.builds("uniform {}".format, st.sampled_from((0, -1, -3, -8))),
-        "alternate": st.builds("alternate {} {}".format, level, level),
-        "spike": st.builds("spike {} {} {}".format, level, level, st.sampled_from((-1, 0, 1, -2))),
-        "single": st.builds("single {} {} {}".format, level, level, st.integers(0, max(T - 1, 0))),
-        "ramp": st.builds("ramp {} {}".format, between, between),
-        "sigmoid": st.builds("sigmoid {} {}".format, st.sampled_from((0, 4, 8, 16, -8, -16)), st.sampled_from((1, 8))),
-        "fading": st.builds("constant {}".format, st.sampled_from([form.format(n) for n in fading])),
-    }
+    kinds = {name: kind.texts(levels, T) for name, kind in GATE_KINDS.items()}
+    kinds["fading"] = st.builds("constant {}".format, st.sampled_from([form.format(n) for n in fading]))
     if {"0", "1"} <= {*levels}:
         kinds["switch"] = st.sampled_from(("alternate 0 1", "alternate 1 0"))
         kinds["saturated"] = st.sampled_from(("sigmoid 16 1", "sigmoid -16 1"))
@@ -48,23 +38,19 @@ def gates(draw: st.DrawFn, levels: Sequence[str] = UNIT_LEVELS, C: int = 16, T: 
 
 
 @st.composite
-def lengths_near(draw: st.DrawFn, C: int, most: int) -> int:
+def lengths_near(draw: st.DrawFn, /, C: int, most: int, shortest: int = 0) -> int:
     """Draw a length near a multiple of C, a prime, or any."""
     edges = {1, 0, C - 1, C, C + 1, *(n * C + d for n in (2, 3) for d in (-1, 0, 1)), *PRIMES}
-    fitting = sorted((T for T in edges if 0 <= T <= most), key=lambda T: (T == 0, T))
-    return draw(st.one_of(st.sampled_from(fitting), st.integers(0, most)))
+    fitting = sorted((T for T in edges if shortest <= T <= most), key=lambda T: (T == 0, T))
+    return draw(st.one_of(st.sampled_from(fitting), st.integers(shortest, most)))
 
 
 def values(huge: int, tiny: int) -> SearchStrategy[str]:
     """Draw what q, k or v are like; `huge` and `tiny` are the exponents of the largest and smallest sizes."""
-    size = st.sampled_from((0, -1, 1, -4, 4, tiny // 2, huge, tiny))
-    return st.one_of(
-        st.builds("unit {}".format, size),
-        st.builds("random {}".format, size),
-        st.sampled_from(("signs", "integers 2", "basis", "flat 0", "zero")),
-        st.builds("equal {}".format, st.sampled_from((0, 2, -4))),
-        st.builds("spike {} {}".format, st.sampled_from((huge, 4)), st.integers(0, 24)),
-    )
+    texts = {name: kind.texts(huge, tiny) for name, kind in VALUE_KINDS.items()}
+    # Together these are as frequent as one of the others.
+    special = st.sampled_from([texts.pop(name) for name in ("signs", "integers", "basis", "flat", "zero")])
+    return st.one_of(texts.pop("unit"), texts.pop("random"), special.flatmap(lambda text: text), *texts.values())
 
 
 MILD_VALUES = st.sampled_from(("random 0", "unit 0", "random -2", "random 2", "signs", "equal 0", "flat 0", "basis"))
@@ -76,13 +62,16 @@ STATES = st.sampled_from(
 @st.composite
 def problems(
     draw: st.DrawFn,
+    /,
     *,
     D: Sequence[int] = (1, 2, 3, 4, 5, 7, 8),
     C: Sequence[int] = (1, 2, 3, 4, 5, 7, 8, 16),
     heads: int = 3,
+    fewest_heads: int = 1,
     sequences: int = 3,
     fewest: int = 1,
     most: int = 24,
+    shortest: int = 0,
     memories: Sequence[str] = ("plain", "normalised"),
     dtypes: Sequence[str] = ("float32", "float64", *HALF),
     initial: Sequence[str] = ("none", "M", "full", "zero"),
@@ -104,8 +93,8 @@ def problems(
         What to choose from, the plainest first.
     heads, sequences, most : int
         At most so many heads, sequences, and tokens in a sequence.
-    fewest : int
-        At least so many sequences.
+    fewest_heads, fewest, shortest : int
+        At least so many heads, sequences, and tokens in a sequence.
     packed, log_gates : bool or None
         None: either.
     wild : bool
@@ -114,18 +103,19 @@ def problems(
         Fields of `Problem`, or strategies for them.
     """
     memory, dtype = draw(st.sampled_from(memories)), draw(st.sampled_from(dtypes))
-    width, chunk, H = draw(st.sampled_from(D)), draw(st.sampled_from(C)), draw(st.integers(1, heads))
+    width, chunk, H = draw(st.sampled_from(D)), draw(st.sampled_from(C)), draw(st.integers(fewest_heads, heads))
     is_packed = draw(st.booleans()) if packed is None else packed
     N = draw(st.integers(fewest, sequences))
     # Rounding errors grow exponentially over the chunks of a normalised memory.
-    longest = max(1, min(most, CELLS // (N * H * width**2), 3 * chunk + 1 if memory == "normalised" else most))
-    length = lengths_near(chunk, longest)
+    chunks = 3 * chunk + 1 if memory == "normalised" else most
+    longest = max(1, shortest, min(most, CELLS // (N * H * width**2), chunks))
+    length = lengths_near(chunk, longest, shortest)
     lengths = tuple(draw(st.lists(length, min_size=N, max_size=N))) if is_packed else (draw(length),) * N
     start = draw(st.sampled_from(initial))
     # Every branch with as many choices: Hypothesis takes what has fewer for the smaller problem, whatever it chooses.
     place = st.sampled_from([*range(chunk), *[chunk - 1] * chunk])
     kinds = values(*{"float64": (40, -300), "float16": (3, -14)}.get(dtype, (12, -120))) if wild else MILD_VALUES
-    narrower = {"float64": ("float64", "float32", *HALF)}.get(dtype, ("float32", *HALF))
+    narrower: tuple[str, ...] = {"float64": ("float64", "float32", *HALF)}.get(dtype, ("float32", *HALF))
     if dtype not in narrower or not set(HALF) & set(dtypes):
         narrower = (dtype,)
     unit, theta = (gates(levels, chunk, max(lengths)) for levels in (unit_levels, theta_levels))
@@ -181,15 +171,17 @@ def calm(problem: Problem, keep: Collection[str]) -> Problem:
 
 
 @st.composite
-def split(draw: st.DrawFn, whole: SearchStrategy[Problem]) -> Problem:
-    """Draw a problem and places to cut its sequences at: anywhere, several at once, even at the ends."""
+def split(draw: st.DrawFn, /, whole: SearchStrategy[Problem]) -> Problem:
+    """Draw a problem and places to cut its sequences at: one inside, and others anywhere, even at the ends."""
     problem = draw(whole)
-    cuts = draw(st.lists(st.integers(0, max(problem.lengths)), min_size=1, max_size=3))
+    T = max(problem.lengths)
+    inside = st.integers(1, T - 1) if T > 1 else st.integers(0, T)
+    cuts = [draw(inside), *draw(st.lists(st.integers(0, T), max_size=2))]
     return replace(problem, splits=tuple(sorted(cuts)))
 
 
 @st.composite
-def explicit(draw: st.DrawFn) -> Problem:
+def explicit(draw: st.DrawFn, /) -> Problem:
     """Draw a tiny problem with every number of it: Hypothesis may then find and shrink any value."""
     # LayerNorm takes a row of two for its signs, unless eps is large: little depends on its numbers.
     T, D, eps = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.sampled_from(EPS))

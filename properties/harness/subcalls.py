@@ -1,6 +1,6 @@
 """Parts of a call: some of its sequences and heads, or some of its tokens, resumed one after the other."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from oracle import Cotangents, Inputs
-from properties.checks import STATE, Implementation, Results, backward, call, check_form, tensors
+from properties.harness.implementations import Implementation
+from properties.harness.running import STATE, Results, backward, call, check_form, tensors
 
 TOKENS = ("q", "k", "v", "theta", "alpha", "eta")
 
@@ -66,20 +67,21 @@ class Part:
 
 
 def spans(T: int, splits: Sequence[int]) -> list[slice]:
-    """Return the pieces between the splits; empty ones are welcome."""
+    """Return the segments between the splits; empty ones are welcome."""
     ends = sorted(min(split, T) for split in splits)
     return [slice(*span) for span in pairwise((0, *ends, T))]
 
 
-def piece(inputs: Inputs, span: slice) -> Inputs:
+def segment(inputs: Inputs, span: slice) -> Inputs:
     """Return some tokens of an unpacked call, with its initial state."""
-    return replace(inputs, **{name: getattr(inputs, name)[:, span] for name in TOKENS})
+    tokens: dict[str, Any] = {name: getattr(inputs, name)[:, span] for name in TOKENS}
+    return replace(inputs, **tokens)
 
 
 def resumed(inputs: Inputs, state: Results) -> Inputs:
     """Return the call with the state that another one left."""
     offset = tuple(state["offset"].tolist()) if "offset" in state else None
-    return replace(inputs, **{name: state.get(name) for name in STATE}, offset=offset)
+    return replace(inputs, M=state.get("M"), S=state.get("S"), anchor=state.get("anchor"), offset=offset)
 
 
 def chain(implementation: Implementation, inputs: Inputs, cotangents: Cotangents, splits: Sequence[int]) -> Results:
@@ -91,9 +93,10 @@ def chain(implementation: Implementation, inputs: Inputs, cotangents: Cotangents
     weights = [name for name in ("w", "b") if name in given]
     given |= {name: given[name].expand(len(cuts), -1, -1) for name in weights}
     leaves = {name: x.detach().to(implementation.device).requires_grad_() for name, x in given.items()}
-    state, o = None, []
+    state: Results | None = None
+    o: list[Tensor] = []
     for i, span in enumerate(cuts):
-        part, now = piece(inputs, span), leaves | {name: leaves[name][:, span] for name in TOKENS}
+        part, now = segment(inputs, span), leaves | {name: leaves[name][:, span] for name in TOKENS}
         now |= {name: leaves[name][i] for name in weights}
         if state is not None:
             part, now = resumed(part, state), now | {name: state[name] for name in {*STATE} & {*state}}
@@ -110,20 +113,14 @@ def chain(implementation: Implementation, inputs: Inputs, cotangents: Cotangents
 
 def stepping(implementation: Implementation) -> Implementation:
     """Return the implementation's step as an implementation of its own, for calls of one token."""
+    step = implementation.step
+    assert step is not None
 
     def one_token(*arguments: Any, **options: Any) -> tuple[Tensor, Any]:
         q, k, v, w, b, theta, alpha, eta, eps, chunk_size, state, _ = arguments
         now = (x[:, 0] for x in (q, k, v))
         gates = (x[:, 0] for x in (theta, alpha, eta))
-        o, final = implementation.step(*now, w, b, *gates, state, eps, chunk_size, **options)
+        o, final = step(*now, w, b, *gates, state, eps, chunk_size, **options)
         return o[:, None], final
 
     return replace(implementation, call=one_token)
-
-
-def reverse_pieces(calls: Sequence[Inputs], cotangents: Cotangents, ends: Sequence[slice]) -> Iterator[Any]:
-    """Go back through the pieces: yields each with its cotangents, and is sent its results."""
-    state = {name: getattr(cotangents, name) for name in STATE}
-    for part, span in zip(reversed(calls), reversed(ends), strict=True):
-        results = yield part, Cotangents(o=cotangents.o[:, span], **state)
-        state = {name: results.get(f"d{name}") for name in STATE}

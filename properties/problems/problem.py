@@ -1,14 +1,6 @@
 """A problem: a small readable descriptor and a seed, from which every tensor of one call of the op is built.
 
-Gates and values are described by short texts, a kind and its parameters:
-
-gates   `constant x`, `ramp x y` (over the sequence), `spike x y p` (x, but y at place p mod C of each chunk),
-        `single x y t` (x, but y at token t mod T), `alternate x y`, `random x y` (each anywhere between),
-        `uniform n` (in (0, 2^n)), `sigmoid c s` (of c + s times something in (-1, 1))
-levels  x and y are one of `0`, `1`, `2^n`, `1-2^n`
-values  `random n` (in (-2^n, 2^n)), `unit n` (rows of length 2^n), `equal n` (all tokens alike), `flat n` (all entries
-        of a row alike: variance 0), `zero` (zeros of both signs), `signs` (0, -0, 1 and -1), `integers n` (in [-n, n]),
-        `spike n t` (`random 0`, token t mod T times 2^n), `basis` (token t is the unit vector t mod D)
+Gates and values are described by short texts, such as `spike 2^-1 0 -2`: see `kinds`.
 """
 
 import dataclasses
@@ -21,17 +13,16 @@ from zlib import crc32
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from oracle import Cotangents, Inputs
-
-Array = NDArray[np.float64]
+from properties.problems.kinds import GATES, Array, Tokens, read_gate, read_value
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
 HALF = ("bfloat16", "float16")
 INITIAL = ("none", "zero", "M", "momentum", "full")
-TENSORS = ("q", "k", "v", "w", "b", "theta", "alpha", "eta", "M", "S", "anchor")
+ROWS, PARAMETERS, STATE = ("q", "k", "v"), ("w", "b"), ("M", "S", "anchor")
+TENSORS = (*ROWS, *PARAMETERS, *GATES, *STATE)
 
 
 @dataclass(frozen=True, repr=False)
@@ -55,7 +46,7 @@ class Problem:
     splits : tuple of int
         Where the law of splitting cuts each sequence.
     theta, alpha, eta, q, k, v, w, b, state : str
-        What the gates and values are like; see the top of this module.
+        What the gates and values are like; see `kinds`.
     cotangent : str
         Which of `o M S anchor` have a cotangent.
     do : str
@@ -108,6 +99,8 @@ class Problem:
                 len(self.offsets) == (len(self.lengths) if self.initial == "full" else 0)
                 and all(0 <= offset < self.C for offset in self.offsets)
             ),
+            "cotangent must name some of o, M, S and anchor": {*self.cotangent.split()} <= {"o", *STATE},
+            "explicit must name tensors": {name for name, _ in self.explicit} <= {*TENSORS},
             "dtypes must be known, and gates not wider than q": (
                 {self.dtype, self.gate_dtype} <= set(DTYPES)
                 and (self.gate_dtype != "float64" or self.dtype == "float64")
@@ -116,6 +109,10 @@ class Problem:
         for rule, holds in rules.items():
             if not holds:
                 raise ValueError(f"{rule}, got {self!r}")
+        for name in GATES:
+            read_gate(name, getattr(self, name))
+        for name in (*ROWS, *PARAMETERS, "state", "do"):
+            read_value(name, getattr(self, name))
 
     def __repr__(self) -> str:
         """Show what differs from the plainest call; Python reads it back."""
@@ -227,7 +224,7 @@ class Problem:
 
     def inputs(self) -> Inputs:
         """Build everything that the op is given."""
-        t = {name: self._tensor(name) for name in TENSORS}
+        t: dict[str, Any] = {name: self._tensor(name) for name in TENSORS}
         return Inputs(
             **t,
             eps=self.eps,
@@ -250,105 +247,58 @@ class Problem:
 
     def _shape(self, name: str) -> tuple[int, ...]:
         row = (self.B, self.tokens // self.B)
-        if name in ("q", "k", "v"):
+        if name in ROWS:
             return (*row, self.H, self.D)
-        if name in ("theta", "alpha", "eta"):
+        if name in GATES:
             return (*row, self.H)
-        return (self.H, self.D) if name in ("w", "b") else (self.sequences, self.H, self.D, self.D)
+        return (self.H, self.D) if name in PARAMETERS else (self.sequences, self.H, self.D, self.D)
+
+    def _dtype(self, name: str) -> torch.dtype:
+        return self.compute_dtype if name in STATE else DTYPES[self.gate_dtype if name in GATES else self.dtype]
+
+    def _given(self, name: str) -> bool:
+        if name in STATE:
+            return self.initial in {"M": INITIAL[1:], "S": INITIAL[3:], "anchor": INITIAL[4:]}[name]
+        return name not in PARAMETERS or self.memory == "normalised"
 
     def _tensor(self, name: str) -> Tensor | None:
-        gate, parameter, state = name in ("theta", "alpha", "eta"), name in ("w", "b"), name in ("M", "S", "anchor")
-        if parameter and self.memory == "plain":
+        if not self._given(name):
             return None
-        given = {"M": INITIAL[1:], "S": INITIAL[3:], "anchor": INITIAL[4:]}
-        if state and self.initial not in given[name]:
-            return None
-        dtype = self.compute_dtype if state else DTYPES[self.gate_dtype if gate else self.dtype]
-        explicit = dict(self.explicit)
+        dtype, explicit = self._dtype(name), dict(self.explicit)
         if name in explicit:
             return torch.tensor(explicit[name], dtype=torch.float64).reshape(self._shape(name)).to(dtype)
-        if gate:
+        if name in GATES:
             return _to(self._gate(name), dtype)
-        if name == "anchor":
-            M = self._tensor("M")
-            moved = torch.tensor(self.offsets).bool()[:, None, None, None]
-            return torch.where(moved, _to(self._values(self.state, name, self._shape(name)), dtype), M)
-        profile = getattr(self, "state" if state else name)
-        profile = "zero" if state and self.initial == "zero" else profile
-        return _to(self._values(profile, name, self._shape(name)), dtype)
+        text = getattr(self, "state" if name in STATE else name)
+        text = "zero" if name in STATE and self.initial == "zero" else text
+        x = _to(self._values(text, name, self._shape(name)), dtype)
+        if name != "anchor":
+            return x
+        M = self._tensor("M")
+        assert M is not None
+        return torch.where(torch.tensor(self.offsets).bool()[:, None, None, None], x, M)
 
     def _gate(self, name: str) -> Array:
         """Return theta, alpha or eta, or log theta, log (1 - alpha) or log eta."""
-        kind, *words = getattr(self, name).split()
         shape = (self.tokens, self.H)
         place = np.concatenate([np.arange(n) for n in self.lengths])[:, None]
         length = np.repeat(self.lengths, self.lengths)[:, None]
         phase = (place + np.repeat(self.starts, self.lengths)[:, None]) % self.C
-        some = _stream(self.seed, name, shape)
-        if kind == "uniform":
-            s = -float(words[0]) - np.log2(some)
-        elif kind == "sigmoid":
-            x = float(words[0]) + float(words[1]) * (2 * some - 1)
-            s = np.where((x < 0) | (name == "theta"), np.log2(1 + np.exp(-x)), -np.log2(1 + np.exp(x)))
-        else:
-            first, second = _level(words[0]), _level(words[1]) if len(words) > 1 else 0.0
-            steps = {
-                "constant": lambda: first,
-                "ramp": lambda: first + (second - first) * place / np.maximum(length - 1, 1),
-                "random": lambda: first + (second - first) * some,
-                "spike": lambda: np.where(phase == int(words[2]) % self.C, second, first),
-                "single": lambda: np.where(place == int(words[2]) % np.maximum(length, 1), second, first),
-                "alternate": lambda: np.where(place % 2, second, first),
-            }
-            s = steps[kind]()
-            if name != "theta" and kind in ("ramp", "random"):
-                s = np.where(abs(s) < 1, np.copysign(1, s), s)
+        tokens = Tokens(place, length, phase, self.C, _stream(self.seed, name, shape), name == "theta")
+        s = read_gate(name, getattr(self, name)).coordinates(tokens)
         s = np.broadcast_to(s, shape).reshape(self._shape(name))
         if not self.log_gates:
             return _power(s, name == "theta")
         return _log_power(-s if name == "alpha" else s, name == "theta")
 
-    def _values(self, profile: str, name: str, shape: tuple[int, ...]) -> Array:
-        kind, *words = profile.split()
-        some = _stream(self.seed, name, shape)
-        size = math.ldexp(1, int(words[0])) if words and kind not in ("integers", "spike") else 1.0
-        x = 2 * some - 1
-        tokens = x.reshape(-1, *shape[-2:])
-        if kind == "unit":
-            return x * size / np.sqrt((x * x).sum(-1, keepdims=True))
-        if kind == "equal":
-            first = tokens[:1] if len(tokens) else np.ones((1, *shape[-2:]))
-            return np.broadcast_to(first * size, tokens.shape).reshape(shape)
-        if kind == "flat":
-            return np.broadcast_to(x[..., :1] * size, shape)
-        if kind == "zero":
-            return np.copysign(0, x)
-        if kind == "signs":
-            return np.where(abs(x) < 0.5, np.copysign(0, x), np.copysign(1, x))
-        if kind == "integers":
-            return np.floor(some * (2 * int(words[0]) + 1)) - int(words[0])
-        if kind == "basis":
-            units = np.eye(shape[-1])[np.arange(len(tokens)) % shape[-1]]
-            return np.broadcast_to(units[:, None], tokens.shape).reshape(shape)
-        if kind == "spike":
-            place = np.concatenate([np.arange(n) == int(words[1]) % max(n, 1) for n in self.lengths])
-            return (tokens * np.where(place, math.ldexp(1, int(words[0])), 1)[:, None, None]).reshape(shape)
-        if kind == "random":
-            return x * size
-        raise ValueError(f"the kind of `{name}` is unknown: {profile!r}")
+    def _values(self, text: str, name: str, shape: tuple[int, ...]) -> Array:
+        return read_value(name, text).array(_stream(self.seed, name, shape), self.lengths)
 
 
 def _stream(seed: int, name: str, shape: tuple[int, ...]) -> Array:
     """Return numbers in (0, 1), the same everywhere: NumPy promises its raw bit streams, not its distributions."""
     raw = np.random.PCG64([seed, crc32(name.encode())]).random_raw(math.prod(shape))
     return ((raw >> np.uint64(12)).astype(np.float64) + 0.5).reshape(shape) * 2.0**-52
-
-
-def _level(text: str) -> float:
-    """Return the coordinate s of a level: 2^-s at s >= 0, 1 - 2^s below; infinite for exactly 0 and 1."""
-    if text in ("0", "1"):
-        return math.inf if text == "0" else -math.inf
-    return float(text[4:]) if text.startswith("1-2^") else -float(text[2:])
 
 
 def _power(s: Array, unbounded: bool) -> Array:

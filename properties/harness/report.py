@@ -2,78 +2,20 @@
 
 import json
 import math
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from properties.harness import ratchet
+from properties.harness.facts import Verdict
 
 # What a property of a test's report begins with; JUnit's XML has them too.
 PREFIX = "titans."
 REPLAYED = ("test_fixture", "test_ratchet")
-RATCHET = Path(__file__).parent / "ratchet.json"
 # The share of examples that may be ill-conditioned, where there are enough: 1 in 25 is, so difficult are they drawn.
 ILL_CONDITIONED, ENOUGH = 0.1, 1000
 GATES = ("theta", "alpha", "eta")
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What one test of one implementation came to; the fields of `--verdicts FILE`.
-
-    Parameters
-    ----------
-    test : str
-        Its node id.
-    law, implementation, device : str
-    verdict : {"pass", "fail", "not claimed", "error"}
-        "error": the test did not get as far as its law.
-    sections : tuple of str
-        Of `SPEC.md`.
-    lacking : tuple of str
-        The claims without which the law says nothing.
-    calls : int
-        Problems put before the law.
-    examples, ill_conditioned, half, half_ill_conditioned, finite, exact : int
-        How many of them were compared with the oracle; where the bound says nothing; both with products whose operands
-        have half precision; where every number had to be finite; where every bit had to be right.
-    error, ratio : float
-        The worst error in ulps of the largest number of its result, and the worst error / bound.
-    result, problem : str
-        The result that has the worst ratio, and the problem, as JSON.
-    tightness : dict
-        The worst error / bound of each result, by "memory stage result"; in the ratchet, error / stored error.
-    worst : dict
-        The worst error in ulps with its problem, by "law dtype"; ill-conditioned examples left out.
-    failing_call : int
-        Which call failed first; 0: none.
-    failing_problem, message, replay : str
-        The smallest problem that fails, what is wrong with it, and the command that shows it again.
-    """
-
-    test: str
-    law: str
-    implementation: str
-    verdict: str
-    device: str = "cpu"
-    sections: tuple[str, ...] = ()
-    lacking: tuple[str, ...] = ()
-    calls: int = 0
-    examples: int = 0
-    ill_conditioned: int = 0
-    half: int = 0
-    half_ill_conditioned: int = 0
-    finite: int = 0
-    exact: int = 0
-    error: float = 0.0
-    ratio: float = 0.0
-    result: str = ""
-    problem: str = ""
-    tightness: dict[str, float] = field(default_factory=dict)
-    worst: dict[str, tuple[float, str]] = field(default_factory=dict)
-    failing_call: int = 0
-    failing_problem: str = ""
-    message: str = ""
-    replay: str = ""
 
 
 def properties(facts: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -150,7 +92,7 @@ def line(law: str, verdict: str, rows: list[Verdict]) -> str:
     error, ratio = (f"{max(row.error for row in rows):.3g}", brief(worst.ratio)) if compared else ("", "bits")
     names = ",".join(dict.fromkeys(row.implementation for row in rows))
     where = f"{worst.result} {worst.implementation}" if compared else names
-    return f"  {shown(law):70} {verdict:12} {sum(row.calls for row in rows):8} {error:>11} {ratio:>11}  {where}"
+    return f"  {shown(law):70} {verdict:12} {sum(row.compared for row in rows):8} {error:>11} {ratio:>11}  {where}"
 
 
 def failures(verdicts: list[Verdict]) -> list[str]:
@@ -183,7 +125,7 @@ def summary(verdicts: list[Verdict]) -> list[str]:
     generated = [row for row in verdicts if row.law not in REPLAYED]
     examples, unsure = (sum(getattr(row, name) for row in generated) for name in ("examples", "ill_conditioned"))
     return [
-        *(f"  {line}" for section in (finite, bound, definition, ratchet, exact_regime) for line in section(verdicts)),
+        *(f"  {line}" for section in SECTIONS for line in section(verdicts)),
         f"{examples} generated examples checked against the oracle, {unsure} of them ill-conditioned "
         f"(some radius above half of the largest exact value); {len(verdicts) - len(generated)} replays",
     ]
@@ -265,15 +207,15 @@ def definition(verdicts: list[Verdict]) -> list[str]:
     return [f"4.3 not worse than 2x the definition: {outcome(laws)}; heads that were, at most: {shares or 'none seen'}"]
 
 
-def ratchet(verdicts: list[Verdict]) -> list[str]:
+def worst_cases(verdicts: list[Verdict]) -> list[str]:
     """Section 4.4."""
     laws = of_section(verdicts, "4.4")
     now = [ratio for row in laws for name, ratio in row.tightness.items() if name.startswith("ratchet ")]
-    stored = read_ratchet()
+    stored = ratchet.read()
     worse = sum(
-        error > stored.get(subject(row.implementation, row.device), {}).get(key, (0.0, ""))[0]
+        error > stored.get(ratchet.subject(row.implementation, row.device), {}).get(key, (0.0, ""))[0]
         for row in verdicts
-        for key, (error, _) in measured(row).items()
+        for key, (error, _) in ratchet.measured(row).items()
     )
     better = sum(ratio < 1 for ratio in now)
     return [
@@ -289,38 +231,5 @@ def exact_regime(verdicts: list[Verdict]) -> list[str]:
     return [f"4.5 exact regime: {outcome(laws)}; examples right in every bit: {', '.join(numbers)}"]
 
 
-def subject(implementation: str, device: str) -> str:
-    """Return the name under which the worst cases of an implementation are stored."""
-    return implementation if device == "cpu" else f"{implementation} on {device}"
-
-
-def read_ratchet() -> dict[str, dict[str, tuple[float, str]]]:
-    """Return the stored worst cases: error in ulps and problem, by implementation and "law dtype"."""
-    stored = json.loads(RATCHET.read_text()) if RATCHET.exists() else {}
-    return {
-        name: {key: (x["error"], json.dumps(x["problem"])) for key, x in cases.items()}
-        for name, cases in stored.items()
-    }
-
-
-def measured(row: Verdict) -> dict[str, tuple[float, str]]:
-    """Return the worst cases of a test that are a standard: those of a broken law are none, however small they are."""
-    if row.verdict != "pass" and row.law != "test_ratchet":
-        return {}
-    return {key: case for key, case in row.worst.items() if math.isfinite(case[0])}
-
-
-def update_ratchet(verdicts: list[Verdict]) -> None:
-    """Store the worst cases of this run, the replayed ones as they are now, in place of what it saw again."""
-    stored, seen = read_ratchet(), {}
-    for row in verdicts:
-        cases = seen.setdefault(subject(row.implementation, row.device), {})
-        for key, (error, problem) in measured(row).items():
-            cases[key] = max(cases.get(key, (0.0, "")), (error, problem))
-    for name, cases in seen.items():
-        stored[name] = stored.get(name, {}) | cases
-    content = {
-        name: {key: {"error": error, "problem": json.loads(problem)} for key, (error, problem) in sorted(cases.items())}
-        for name, cases in sorted(stored.items())
-    }
-    RATCHET.write_text(json.dumps(content, separators=(",", ":")).replace('"test_', '\n"test_') + "\n")
+# Of section 4 of `SPEC.md`.
+SECTIONS: tuple[Callable[[list[Verdict]], list[str]], ...] = (finite, bound, definition, worst_cases, exact_regime)

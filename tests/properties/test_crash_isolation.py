@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from properties.isolation import DeviceLost, is_fatal, spread
+from properties.harness.crash_isolation import DeviceLost, is_fatal, spread
 from tests.properties.test_laws import run_suite
 
 LAWS = ("properties/test_plain_memory.py", "--hypothesis-profile=smoke")

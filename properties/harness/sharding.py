@@ -5,12 +5,14 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from hypothesis import Phase, given, seed, settings
+from hypothesis import Phase, seed, settings
 from hypothesis.database import ExampleDatabase
 
-from properties import independent
-from properties.checks import Implementation, Law, Property
-from properties.problem import Problem
+from properties.harness import workarounds
+from properties.harness.facts import Recorder
+from properties.harness.implementations import Implementation
+from properties.harness.laws import Property, Test
+from properties.problems.problem import Problem
 
 REDIS = "HYPOTHESIS_REDIS_URL"
 
@@ -30,11 +32,11 @@ class Shard:
             raise ValueError(f"a shard must be i/n with 1 <= i <= n, got {text!r}")
         return cls(int(number), int(of))
 
-    def test(self, law: Property, share: float, random_seed: int) -> Law:
+    def test(self, law: Property, share: float, random_seed: int, recorder: Recorder | None = None) -> Test:
         """Return a law as a test of this shard's problems.
 
         Every shard draws every problem and passes over those of the others. What came before must not change what comes
-        next: nothing is taken from a database or steered by what was seen, so that every example is drawn
+        next: nothing is taken from a database, steered by what was seen, or rejected, so that every example is drawn
         independently, and from the first failure on, when Hypothesis shrinks it, each problem is this shard's.
         """
         drawn, failed = 0, False
@@ -45,16 +47,20 @@ class Shard:
             drawn += 1
             if not failed and drawn % self.of != self.number % self.of:
                 return
+            if not law.exercised(implementation, problem):
+                return
             try:
-                law.law(implementation, problem)
+                law.check(implementation, problem, recorder)
             except Exception:
                 failed = True
                 raise
 
-        whole = law.test(share)._hypothesis_internal_use_settings  # type: ignore[attr-defined]
-        phases = [phase for phase in whole.phases if phase not in (Phase.reuse, Phase.target)]
-        test = settings(whole, phases=phases, backend=independent.NAME)(given(problem=law.problems)(shared))
-        return test if whole.derandomize else seed(random_seed)(test)
+        phases = [phase for phase in settings().phases if phase not in (Phase.reuse, Phase.target)]
+        test = law.drawn(shared, share, phases=phases, backend=workarounds.INDEPENDENT)
+        if settings().derandomize:
+            return test
+        seeded: Test = seed(random_seed)(test)
+        return seeded
 
 
 def database() -> dict[str, ExampleDatabase]:

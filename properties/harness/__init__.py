@@ -1,0 +1,1 @@
+"""What runs the laws: implementations, running, comparing, reporting."""

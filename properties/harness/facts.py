@@ -1,0 +1,176 @@
+"""What is known of a test: its facts, summed over its examples, and the verdict that they are part of."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import oracle
+from properties.harness.comparing import Comparison, Found
+from properties.problems.problem import Problem
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What one test of one implementation saw.
+
+    Parameters
+    ----------
+    calls : int
+        Problems put before the law, also while Hypothesis shrinks.
+    compared : int
+        How many of them had something to compare, with the oracle or with another run.
+    examples, ill_conditioned, half, half_ill_conditioned, finite, exact : int
+        How many of them were compared with the oracle; where the bound says nothing; both with products whose operands
+        have half precision; where every number had to be finite; where every bit had to be right.
+    error, ratio : float
+        The worst error in ulps of the largest number of its result, and the worst error / bound.
+    result, problem : str
+        The result that has the worst ratio, and the problem, as JSON.
+    tightness : dict
+        The worst error / bound of each result, by "memory stage result"; in the ratchet, error / stored error.
+    worst : dict
+        The worst error in ulps with its problem, by "law dtype"; ill-conditioned examples left out.
+    failing_call : int
+        Which call failed first; 0: none.
+    failing_problem, message, replay : str
+        The smallest problem that fails, what is wrong with it, and the command that shows it again.
+    """
+
+    calls: int = 0
+    compared: int = 0
+    examples: int = 0
+    ill_conditioned: int = 0
+    half: int = 0
+    half_ill_conditioned: int = 0
+    finite: int = 0
+    exact: int = 0
+    error: float = 0.0
+    ratio: float = 0.0
+    result: str = ""
+    problem: str = ""
+    tightness: Mapping[str, float] = field(default_factory=dict)
+    worst: Mapping[str, tuple[float, str]] = field(default_factory=dict)
+    failing_call: int = 0
+    failing_problem: str = ""
+    message: str = ""
+    replay: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the facts by name."""
+        return {f.name: getattr(self, f.name) for f in fields(Facts)}
+
+    def with_example(self, law: str, problem: Problem, found: Found, half: bool) -> "Facts":
+        """Return the facts with one more example.
+
+        Parameters
+        ----------
+        law : str
+        problem : Problem
+        found : list of Comparison
+        half : bool
+            Whether the operands of its products have half precision.
+        """
+        judged = [one for one in found if one.oracle]
+        seen, unsure = bool(judged), any(one.ill_conditioned for one in judged)
+        measured = [one for one in judged if not one.narrow]
+        error, widest = worst_error(found), max(measured, key=lambda one: one.ratio, default=None)
+        now = replace(
+            self,
+            calls=self.calls + 1,
+            compared=self.compared + any(one.elements for one in found),
+            examples=self.examples + seen,
+            ill_conditioned=self.ill_conditioned + unsure,
+            half=self.half + (seen and half),
+            half_ill_conditioned=self.half_ill_conditioned + (unsure and half),
+            finite=self.finite + (seen and all(one.finite for one in judged)),
+            exact=self.exact + any(one.exact for one in judged),
+            error=max(self.error, error),
+        )
+        if widest and widest.ratio > now.ratio:
+            now = replace(now, ratio=widest.ratio, result=widest.result, problem=problem.to_json())
+        key = f"{law} {problem.dtype}"
+        if not unsure and error > self.worst.get(key, (0.0, ""))[0]:
+            now = replace(now, worst={**self.worst, key: (error, problem.to_json())})
+        ratios = dict(self.tightness)
+        for one in (one for one in measured if one.stage):
+            name = f"{one.stage} {one.result}"
+            ratios[name] = max(one.ratio, ratios.get(name, 0.0))
+        return replace(now, tightness=ratios)
+
+
+def worst_error(found: Found) -> float:
+    """Return the worst error of an example, in ulps."""
+    return max((one.ulps for one in found if not one.narrow), default=0.0)
+
+
+def unsettled(error: oracle.Unsettled) -> Found:
+    """Return the comparison with an oracle that has no answer: it says nothing."""
+    return [Comparison(str(error), 0, ill_conditioned=True, finite=True)]
+
+
+class Recorder:
+    """Sums the facts of one running test.
+
+    Parameters
+    ----------
+    test : str
+        Its node id, for the command that replays a failure.
+    options : sequence of str
+        What that command repeats of the options of the run.
+    """
+
+    def __init__(self, test: str = "TEST", options: tuple[str, ...] = ()) -> None:
+        self.test, self.options, self.facts = test, options, Facts()
+
+    def example(self, law: str, problem: Problem, found: Found, half: bool) -> None:
+        """Count an example."""
+        self.facts = self.facts.with_example(law, problem, found, half)
+
+    def failure(self, problem: Problem, error: BaseException) -> None:
+        """Note that the next example fails; Hypothesis shows the smallest one last."""
+        self.facts = replace(
+            self.facts,
+            failing_call=self.facts.failing_call or self.facts.calls + 1,
+            failing_problem=problem.to_json(),
+            message=f"{type(error).__name__}: {error}",
+            replay=self.replay(problem),
+        )
+
+    def ended(self, error: BaseException) -> None:
+        """Note how a test ended, unless a law has said so."""
+        self.facts = replace(self.facts, message=self.facts.message or f"{type(error).__name__}: {error}")
+
+    def ratio(self, name: str, ratio: float) -> None:
+        """Note how near an error came to what it is compared with."""
+        self.facts = replace(self.facts, tightness={**self.facts.tightness, name: ratio})
+
+    def replay(self, problem: Problem) -> str:
+        """Return the command that runs the test on this problem."""
+        options = "".join(f" {option}" for option in self.options)
+        return f"pytest '{self.test}'{options} --replay '{problem.to_json()}'"
+
+
+@dataclass(frozen=True)
+class Verdict(Facts):
+    """The verdict on one law and one implementation; its fields are those of `--verdicts FILE`.
+
+    Parameters
+    ----------
+    test : str
+        Its node id.
+    law, implementation, device : str
+    verdict : {"pass", "fail", "not claimed", "error"}
+        "error": the test did not get as far as its law.
+    sections : tuple of str
+        Of `SPEC.md`.
+    lacking : tuple of str
+        The claims without which the law says nothing.
+    """
+
+    test: str
+    law: str
+    implementation: str
+    verdict: str
+    device: str = "cpu"
+    sections: tuple[str, ...] = ()
+    lacking: tuple[str, ...] = ()

@@ -1,0 +1,131 @@
+"""Implementations with their claims, and those of this repository."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from oracle import Inputs, bounds
+from properties.harness.workarounds import patch_once
+
+BACKENDS = ("recurrent", "chunk", "log", "triton")
+DEFAULT = "recurrent,chunk,log,triton"
+# Everything an implementation can claim.
+CLAIMS = frozenset(
+    {
+        "plain",
+        "normalised",
+        "varlen",
+        "initial_state",
+        "final_state",
+        "resume",
+        "offset",
+        "step",
+        "log_gates",
+        "backward",
+    }
+    | {"half", "bfloat16", "float64", "exact", "batch_invariant", "large"}
+)
+
+
+@dataclass(frozen=True, repr=False)
+class Implementation:
+    """Something to verify.
+
+    Parameters
+    ----------
+    name : str
+    call, step : callable
+        With the signatures of `titans.chunk_titans_linear` and `titans.titans_linear_step`.
+    state : callable
+        Makes what `call` accepts as an initial state out of M, S, anchor and offset.
+    claims : frozenset of str
+        Which of `CLAIMS` it has.
+    device : str
+    arithmetic : callable
+        Of a call, an `Inputs`: what it computes with there, and so which bounds it answers to.
+    share : float
+        Of the profile's number of examples: slow ones get fewer.
+    """
+
+    name: str
+    call: Callable[..., Any]
+    step: Callable[..., Any] | None
+    state: Callable[..., Any]
+    claims: frozenset[str]
+    device: str = "cpu"
+    arithmetic: Callable[[Inputs], bounds.ErrorModel] = lambda inputs: bounds.arithmetic_for(inputs.q.dtype)
+    share: float = 1.0
+
+    @property
+    def left(self) -> tuple[str, ...]:
+        """What of a final state it answers for: what its claims allow to be passed on."""
+        names = {"final_state": ("M",), "resume": ("S",), "offset": ("anchor", "offset")}
+        return tuple(name for claim, of in names.items() if claim in self.claims for name in of)
+
+    def __repr__(self) -> str:
+        """Show the name alone in reports."""
+        return self.name
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """Show the same in Hypothesis's report."""
+        printer.text(self.name)
+
+
+def share_of(backend: str, device: str) -> float:
+    """Return how many of a profile's examples a backend gets: Triton's interpreter is slow."""
+    return 0.15 if (backend, device) == ("triton", "cpu") else 1.0
+
+
+def implementation(backend: str, device: str) -> Implementation:
+    """Return one backend of `titans` on one device."""
+    import titans
+
+    if backend not in BACKENDS:
+        raise ValueError(f"a backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    lacks = {
+        "recurrent": {"batch_invariant"},
+        "chunk": {"batch_invariant"},
+        # The exponential of a sum of logs is not the exact product.
+        "log": {"batch_invariant", "exact"},
+        # Its interpreter takes bfloat16 for something else, and its time.
+        "triton": {"float64"} | (set() if device == "cuda" else {"bfloat16", "large"}),
+    }
+    if (backend, device) == ("triton", "cpu"):
+        patch_once()
+    call: Callable[..., Any] = titans.chunk_titans_linear
+    step: Callable[..., Any] = titans.titans_linear_step
+    return Implementation(
+        name=backend,
+        call=functools.partial(call, backend=backend),
+        step=functools.partial(step, backend=backend),
+        state=titans.TitansState,
+        claims=CLAIMS - lacks[backend],
+        device=device,
+        arithmetic=functools.partial(arithmetic, backend, device),
+        share=share_of(backend, device),
+    )
+
+
+def arithmetic(backend: str, device: str, inputs: Inputs) -> bounds.ErrorModel:
+    """Return what a backend computes with in a call."""
+    if backend == "triton":
+        return bounds.kernel_arithmetic(inputs.q.dtype, inputs.q.shape[-1], tensor_cores=device == "cuda")
+    return bounds.arithmetic_for(inputs.q.dtype, log_space=backend == "log")
+
+
+def chosen(device: str, inputs: Inputs) -> bounds.ErrorModel:
+    """Return what `titans` computes with in a call for which it chooses the backend itself."""
+    kernels = device == "cuda" and inputs.q.dtype != torch.float64 and inputs.q.shape[-1] <= 128
+    backend = "triton" if kernels else "log" if inputs.log_gates else "chunk"
+    return arithmetic(backend, device, inputs)
+
+
+def devices() -> str:
+    """Name the devices there are."""
+    if not torch.cuda.is_available():
+        return "cpu only"
+    count = torch.cuda.device_count()
+    return f"{count} x {torch.cuda.get_device_name()}" if count > 1 else torch.cuda.get_device_name()

@@ -1,0 +1,174 @@
+"""The laws: functions of an implementation and a problem that return their comparisons, or raise."""
+
+import functools
+import math
+import platform
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import currently_in_test_context, given, reject, settings, target
+from hypothesis.errors import HypothesisException
+from hypothesis.strategies import SearchStrategy
+
+import oracle
+from properties.harness.comparing import Found, has_narrow_operands
+from properties.harness.crash_isolation import DeviceLost, is_fatal
+from properties.harness.facts import Recorder, unsettled
+from properties.harness.implementations import Implementation
+from properties.harness.workarounds import with_room
+from properties.problems.problem import HALF, Problem
+
+Law = Callable[[Implementation, Problem], Found]
+About = Callable[[Implementation, Problem], bool]
+Test = Callable[[Implementation], None]
+
+
+@dataclass(frozen=True)
+class Property:
+    """A law.
+
+    Parameters
+    ----------
+    law : callable
+        Compares all that an implementation returns for a problem, and returns the comparisons.
+    problems : strategy of Problem
+    needs : frozenset of str
+        The claims without which the law says nothing.
+    share : float
+        Of the profile's number of examples.
+    about : callable
+        Whether a problem exercises the law: one that Hypothesis invents and that does not is rejected.
+    """
+
+    law: Law
+    problems: SearchStrategy[Problem]
+    needs: frozenset[str]
+    share: float
+    about: About = lambda implementation, problem: True
+
+    @property
+    def name(self) -> str:
+        """The name of its test."""
+        return self.law.__name__
+
+    def check(self, implementation: Implementation, problem: Problem, recorder: Recorder | None = None) -> Found:
+        """Put a problem before an implementation, and return the comparisons: none, if there is nothing to compare.
+
+        Parameters
+        ----------
+        implementation : Implementation
+        problem : Problem
+            What the implementation does not claim is taken out of it.
+        recorder : Recorder or None
+            Counts the example.
+        """
+        recorder = recorder or Recorder()
+        problem = problem.restricted(implementation.claims)
+        found: Found = []
+        try:
+            found = with_room(self.law)(implementation, problem)
+            if not isinstance(found, list):
+                raise TypeError(f"a law must return what it compared, got {found!r} of {self.name}")
+        except HypothesisException:
+            raise
+        except oracle.Unsettled as error:
+            found = unsettled(error)
+        except Exception as error:
+            found = list(getattr(error, "found", ()))
+            recorder.failure(problem, error)
+            error.add_note(explanation(implementation, problem, recorder))
+            if is_fatal(error):
+                raise DeviceLost from error
+            raise
+        finally:
+            half = problem.dtype in HALF and has_narrow_operands(implementation, problem.inputs())
+            recorder.example(self.name, problem, found, half)
+        return found
+
+    def exercised(self, implementation: Implementation, problem: Problem) -> bool:
+        """Whether the law is about a problem, without the parts that the implementation does not claim."""
+        return self.about(implementation, problem.restricted(implementation.claims))
+
+    def test(self, recorder: Recorder | None = None, share: float = 1.0, **options: Any) -> Test:
+        """Return the law as a test of problems that Hypothesis invents, with these settings.
+
+        A problem that the law is not about is rejected, and Hypothesis draws another.
+        """
+
+        @functools.wraps(self.law)
+        def checked(implementation: Implementation, problem: Problem) -> None:
+            found = self.check(implementation, problem, recorder) if self.exercised(implementation, problem) else []
+            if not found:
+                reject()
+            drive_to_the_worst(found)
+
+        return self.drawn(checked, share, **options)
+
+    def drawn(self, function: Callable[[Implementation, Problem], None], share: float, **options: Any) -> Test:
+        """Return a function of the law's problems as a test of those that Hypothesis invents."""
+        examples = max(1, math.ceil(self.share * share * settings().max_examples))
+        test: Test = settings(max_examples=examples, **options)(given(problem=self.problems)(function))
+        return test
+
+    def replay(self, problem: Problem, recorder: Recorder | None = None) -> Test:
+        """Return the law as a test of one problem."""
+
+        def replayed(implementation: Implementation) -> None:
+            self.check(implementation, problem, recorder)
+
+        return replayed
+
+
+# Every property by its test's name, so that fixtures and meta-tests can call it with what they like.
+PROPERTIES: dict[str, Property] = {}
+
+
+def law(
+    *numbers: str,
+    problems: SearchStrategy[Problem],
+    needs: Iterable[str] = (),
+    share: float = 1.0,
+    about: About = Property.about,
+) -> Callable[[Law], Test]:
+    """Make a property of a function of an implementation and a problem.
+
+    Parameters
+    ----------
+    *numbers : str
+        The sections of `SPEC.md` it comes from: "5.2" is law 2.
+    problems : strategy of Problem
+    needs : iterable of str
+        Claims without which the law says nothing.
+    share, about
+        See `Property`.
+    """
+
+    def decorate(function: Law) -> Test:
+        found = Property(function, problems, frozenset(needs), share, about)
+        PROPERTIES[found.name] = found
+        return pytest.mark.law(*numbers, needs=found.needs)(found.test())
+
+    return decorate
+
+
+def drive_to_the_worst(found: Found) -> None:
+    """Let a deep search look for the largest error / bound; in a short one that would only narrow what is tried."""
+    ratio = max((one.ratio for one in found if not one.narrow), default=0.0)
+    deep = settings.get_current_profile_name() == "deep"
+    if deep and currently_in_test_context() and math.isfinite(ratio):
+        target(ratio, label="error / bound")
+
+
+def explanation(implementation: Implementation, problem: Problem, recorder: Recorder) -> str:
+    """Describe a failed example, and how to run it again."""
+    versions = f"python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}"
+    lines = [f"implementation: {implementation.name} on {implementation.device}; {versions}", f"problem: {problem!r}"]
+    if problem.tokens * problem.H <= 8:
+        inputs = problem.inputs()
+        lines += [f"    {name} = {getattr(inputs, name).tolist()}" for name in ("theta", "alpha", "eta")]
+    lines.append(f"replay: {recorder.replay(problem)}")
+    return "\n".join(lines)

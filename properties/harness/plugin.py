@@ -1,0 +1,285 @@
+"""The suite as a plugin of pytest: options, one test per law and implementation, and the summary."""
+
+import argparse
+import json
+import os
+import platform
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import mpmath
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+from properties.harness import crash_isolation, draws, implementations, ratchet, report, sharding
+from properties.harness.facts import Recorder, Verdict
+from properties.harness.foreign import foreign
+from properties.harness.implementations import BACKENDS, CLAIMS, DEFAULT, Implementation, devices
+from properties.harness.laws import PROPERTIES
+from properties.problems.problem import Problem
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+SEEN = pytest.StashKey[list[Verdict]]()
+SHARD = pytest.StashKey[sharding.Shard | None]()
+SUBJECTS = pytest.StashKey[dict[str, Implementation]]()
+OPTIONS = pytest.StashKey[tuple[str, ...]]()
+RECORDER = pytest.StashKey[Recorder]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options of the suite."""
+    share_failures()
+    group = parser.getgroup("properties")
+    group.addoption("--backends", default=DEFAULT, help=f"which of {','.join(BACKENDS)} to verify ({DEFAULT})")
+    group.addoption("--impl", metavar="MODULE:CALLABLE", help="verify this instead of the backends")
+    group.addoption("--impl-lacks", metavar="CLAIMS", help="what it does not claim, instead of what it says itself")
+    group.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where the implementations run (cpu)")
+    group.addoption("--shard", metavar="I/N", help="check the I-th of N shares of the examples of a run")
+    group.addoption("--replay", metavar="PROBLEM", help="run the selected laws on this problem alone: JSON or a file")
+    group.addoption("--verdicts", metavar="FILE", type=Path, help="write the verdict on each law as JSON")
+    group.addoption("--reports-to", metavar="FILE", help=argparse.SUPPRESS)
+    group.addoption("--update-ratchet", action="store_true", help="store the worst errors of this run")
+    group.addoption("--save-failures", action="store_true", help="write each failure's problem into fixtures/")
+
+
+def share_failures() -> None:
+    """Let the profiles that keep failures keep them where the environment says."""
+    try:
+        database = sharding.database()
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from error
+    if database:
+        for name in draws.KEEPING:
+            settings.register_profile(name, settings.get_profile(name), **database)
+        settings.load_profile(settings.get_current_profile_name())
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Use one thread in each worker; say what a replay command must repeat."""
+    config.addinivalue_line("markers", "law(*sections, needs): the sections of SPEC.md a property comes from")
+    torch.set_num_threads(1)
+    if config.getoption("--device") == "cpu":
+        # Triton looks at this when its kernels are imported.
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+        # NumPy, in the interpreter, warns of inf and NaN, which a GPU makes in silence. Its sums warn from a module of
+        # their own.
+        for module in ("triton.runtime.interpreter", "numpy._core.fromnumeric"):
+            config.addinivalue_line("filterwarnings", f"ignore::RuntimeWarning:{module}")
+    else:
+        # Without it cuBLAS refuses to be deterministic.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    named = {"--backends": DEFAULT, "--impl": None, "--impl-lacks": None, "--device": "cpu"}
+    values = {name: config.getoption(name) for name in named}
+    config.stash[OPTIONS] = tuple(f"{name} {values[name]}" for name in named if values[name] != named[name])
+    config.stash[SEEN] = []
+    crash_isolation.spread(config.getoption("--device"))
+    if reports := config.getoption("--reports-to"):
+        config.pluginmanager.register(crash_isolation.Reporter(config, reports), "titans-reporter")
+    else:
+        config.pluginmanager.register(crash_isolation.Isolation(repeated(config)), "titans-isolation")
+    try:
+        config.stash[SUBJECTS] = subjects(config)
+        config.stash[SHARD] = sharding.Shard.parse(text) if (text := config.getoption("--shard")) else None
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from error
+
+
+def repeated(config: pytest.Config) -> list[str]:
+    """Return the options with which another process checks the same."""
+    options = [word for option in config.stash[OPTIONS] for word in option.split(" ", 1)]
+    options += [f"--hypothesis-profile={settings.get_current_profile_name()}"]
+    for name in ("--hypothesis-seed", "--shard", "--replay"):
+        if (value := config.getoption(name)) is not None:
+            options += [name, str(value)]
+    plugins = [name for name in config.getoption("plugins") or () if not name.startswith("no:")]
+    return options + [word for name in plugins for word in ("-p", name)]
+
+
+def subjects(config: pytest.Config) -> dict[str, Implementation]:
+    """Return by name what the options ask to verify."""
+    target, lacks, device = (config.getoption(name) for name in ("--impl", "--impl-lacks", "--device"))
+    if target is None:
+        if lacks is not None:
+            raise ValueError("--impl-lacks needs --impl")
+        names = config.getoption("--backends").split(",")
+        return {name: implementations.implementation(name, device) for name in names}
+    if config.getoption("--backends") != DEFAULT:
+        raise ValueError("--impl and --backends exclude each other")
+    lacking = None if lacks is None else [claim for claim in lacks.split(",") if claim]
+    return {target: foreign(target, device, lacking)}
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    """Say what a run's verdict is about."""
+    backend, subjects = mpmath.libmp.BACKEND, config.stash[SUBJECTS]
+    about = "" if config.getoption("--impl") else "backends "
+    claims = [f"titans: not claimed: {', '.join(sorted(CLAIMS - x.claims))}" for x in subjects.values()]
+    return [
+        f"titans: python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}, "
+        f"mpmath {mpmath.__version__} ({backend}), hypothesis {hypothesis.__version__}",
+        f"titans: {about}{','.join(subjects)} on {config.getoption('--device')} ({devices()}), "
+        f"profile {settings.get_current_profile_name()} ({settings().max_examples} examples per law)",
+        *(claims if config.getoption("--impl") else []),
+    ]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Make one test of each law and implementation; say so where a law needs what is not claimed."""
+    if "implementation" not in metafunc.fixturenames:
+        return
+    mark = metafunc.definition.get_closest_marker("law")
+    parameters = []
+    for name, subject in metafunc.config.stash[SUBJECTS].items():
+        lacking = (mark.kwargs["needs"] if mark else frozenset()) - subject.claims
+        skip = [pytest.mark.skip(reason=f"not claimed: {', '.join(sorted(lacking))}")] if lacking else []
+        parameters.append(pytest.param(subject, id=name, marks=skip))
+    metafunc.parametrize("implementation", parameters)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Give the laws the problem to replay, and slow implementations fewer examples."""
+    problem, shard = read_problem(config.getoption("--replay")), config.stash[SHARD]
+    random_seed = int(config.getoption("--hypothesis-seed") or 0)
+    for item in items:
+        item.stash[RECORDER] = recorder = Recorder(item.nodeid, config.stash[OPTIONS])
+        if not isinstance(item, pytest.Function) or (law := PROPERTIES.get(item.originalname)) is None:
+            continue
+        share = subject(item).share
+        if problem:
+            item.obj = law.replay(problem, recorder)
+        elif shard:
+            item.obj = shard.test(law, share, random_seed, recorder)
+        else:
+            item.obj = law.test(recorder, share)
+
+
+def subject(item: pytest.Function) -> Implementation:
+    """Return the implementation that a test is about."""
+    found = item.callspec.params["implementation"]
+    assert isinstance(found, Implementation)
+    return found
+
+
+@pytest.fixture
+def recorder(request: pytest.FixtureRequest) -> Recorder:
+    """Return the recorder of the running test, for one that checks laws itself."""
+    return request.node.stash[RECORDER]  # type: ignore[no-any-return]
+
+
+def read_problem(given: str | None) -> Problem | None:
+    """Read a problem, alone or in a fixture: JSON, or a file of it."""
+    if given is None:
+        return None
+    fields = json.loads(given if given.lstrip().startswith("{") else Path(given).read_text())
+    return Problem.from_json(json.dumps(fields.get("problem", fields)))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Say what the test is about, even where it is not run."""
+    item.user_properties[:] = report.properties(about(item))
+
+
+def about(item: pytest.Item) -> dict[str, Any]:
+    """Return which law a test puts before which implementation."""
+    verified = subject(item) if isinstance(item, pytest.Function) and is_about_one(item) else None
+    mark = item.get_closest_marker("law")
+    needs = mark.kwargs["needs"] if mark else frozenset()
+    return {
+        "law": item.name.partition("[")[0],
+        "implementation": verified.name if verified else "",
+        "device": verified.device if verified else "",
+        "sections": list(mark.args) if mark else [],
+        "lacking": sorted(needs - verified.claims) if verified else [],
+    }
+
+
+def is_about_one(item: pytest.Function) -> bool:
+    """Whether a test is about an implementation."""
+    return hasattr(item, "callspec") and "implementation" in item.callspec.params
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
+    """Keep what the test found."""
+    recorder = item.stash[RECORDER]
+    try:
+        return (yield)
+    except Exception as error:
+        recorder.ended(error)
+        found, saving = recorder.facts.failing_problem, item.config.getoption("--save-failures")
+        if found and saving and isinstance(item, pytest.Function) and "fixture" not in item.fixturenames:
+            save(about(item)["law"], Problem.from_json(found), item.name)
+        raise
+    finally:
+        item.user_properties += report.properties(recorder.facts.as_dict())
+
+
+def save(law: str, problem: Problem, test: str) -> Path:
+    """Write a problem that broke a law as a fixture."""
+    while True:
+        number = 1 + max((int(path.name[:3]) for path in FIXTURES.glob("[0-9][0-9][0-9]-*.json")), default=0)
+        path = FIXTURES / f"{number:03}-{law.removeprefix('test_').replace('_', '-')}.json"
+        fields = {"why": f"broke {test}", "laws": [law], "problem": json.loads(problem.to_json())}
+        try:
+            with path.open("x") as file:
+                json.dump(fields, file, indent=1)
+                file.write("\n")
+        except FileExistsError:
+            continue
+        return path
+
+
+class Collector:
+    """Gather the verdicts of all workers."""
+
+    def __init__(self, seen: list[Verdict]) -> None:
+        self.seen = seen
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Keep the verdict of a test that ran, or could not."""
+        if (report.when == "call" or (report.when == "setup" and not report.passed)) and (row := verdict(report)):
+            self.seen.append(row)
+
+
+def verdict(given: pytest.TestReport) -> Verdict | None:
+    """Return the verdict that a report of pytest's amounts to."""
+    failed = "fail" if given.when == "call" else "error"
+    outcome = {"passed": "pass", "skipped": "not claimed", "failed": failed}[given.outcome]
+    # What a skipped test says that it lacks, where no claim is missing.
+    reason = (given.longrepr[2].removeprefix("Skipped: "),) if isinstance(given.longrepr, tuple) else ()
+    return report.read(given.nodeid, outcome, reason, given.user_properties)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Listen to the reports."""
+    session.config.pluginmanager.register(Collector(session.config.stash[SEEN]), "titans-collector")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Write the verdicts where a file was asked for; a worker leaves that to the controller."""
+    path = session.config.getoption("--verdicts")
+    if hasattr(session.config, "workerinput"):
+        return
+    if report.too_many_ill_conditioned(session.config.stash[SEEN]) and not session.exitstatus:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    if session.config.getoption("--update-ratchet"):
+        ratchet.update(session.config.stash[SEEN])
+    if path:
+        report.write_json(path, session.config.stash[SEEN], {"about": pytest_report_header(session.config)})
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Print the table of verdicts, the failures in full, and how much was checked."""
+    seen = config.stash[SEEN]
+    if not seen:
+        return
+    terminalreporter.section("verdicts")
+    for line in (*report.table(seen), *report.failures(seen), *report.summary(seen)):
+        terminalreporter.write_line(line)
+    if trouble := report.too_many_ill_conditioned(seen):
+        terminalreporter.write_line(f"FAIL: {trouble}", red=True)

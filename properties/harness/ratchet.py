@@ -1,0 +1,48 @@
+"""The worst errors that were ever seen, and the file that stores them."""
+
+import json
+import math
+from pathlib import Path
+
+from properties.harness.facts import Verdict
+
+RATCHET = Path(__file__).parents[1] / "ratchet.json"
+Cases = dict[str, tuple[float, str]]
+
+
+def subject(implementation: str, device: str) -> str:
+    """Return the name under which the worst cases of an implementation are stored."""
+    return implementation if device == "cpu" else f"{implementation} on {device}"
+
+
+def read() -> dict[str, Cases]:
+    """Return the stored worst cases: error in ulps and problem, by implementation and "law dtype"."""
+    stored = json.loads(RATCHET.read_text()) if RATCHET.exists() else {}
+    return {
+        name: {key: (x["error"], json.dumps(x["problem"])) for key, x in cases.items()}
+        for name, cases in stored.items()
+    }
+
+
+def measured(row: Verdict) -> Cases:
+    """Return the worst cases of a test that are a standard: those of a broken law are none, however small they are."""
+    if row.verdict != "pass" and row.law != "test_ratchet":
+        return {}
+    return {key: case for key, case in row.worst.items() if math.isfinite(case[0])}
+
+
+def update(verdicts: list[Verdict]) -> None:
+    """Store the worst cases of this run, the replayed ones as they are now, in place of what it saw again."""
+    stored = read()
+    seen: dict[str, Cases] = {}
+    for row in verdicts:
+        cases = seen.setdefault(subject(row.implementation, row.device), {})
+        for key, (error, problem) in measured(row).items():
+            cases[key] = max(cases.get(key, (0.0, "")), (error, problem))
+    for name, cases in seen.items():
+        stored[name] = stored.get(name, {}) | cases
+    content = {
+        name: {key: {"error": error, "problem": json.loads(problem)} for key, (error, problem) in sorted(cases.items())}
+        for name, cases in sorted(stored.items())
+    }
+    RATCHET.write_text(json.dumps(content, separators=(",", ":")).replace('"test_', '\n"test_') + "\n")

@@ -1,0 +1,64 @@
+"""All that leans on private interfaces: of Hypothesis, of Triton's interpreter, of CPython's frames.
+
+Tried on Hypothesis 6.170.15, Triton 3.7.1, and CPython 3.11 to 3.13; `tests/properties/test_workarounds.py` says which
+of the interfaces has changed.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from hypothesis.internal.conjecture.providers import AVAILABLE_PROVIDERS, HypothesisProvider
+
+INDEPENDENT = "independent"
+
+
+class Independent(HypothesisProvider):
+    """Hypothesis's own draws, under another name.
+
+    Of its own accord Hypothesis lets up to five variations follow an example, in which one choice repeats another. So
+    150 examples come from some 30 draws, and now and then hardly one of those has what a law is about. For a backend
+    that is not its own it draws every example afresh; what fails it shrinks as ever.
+    """
+
+
+AVAILABLE_PROVIDERS[INDEPENDENT] = Independent
+
+
+def patch_once() -> None:
+    """Let Triton's interpreter patch `triton.language` once in a launch, not in every call of a helper.
+
+    Every call looks through all that the language has: that takes 2/5 of the time of these kernels.
+    """
+    from triton.runtime import interpreter
+
+    function, patched = interpreter.InterpretedFunction, set[int]()
+    if function.__call__.__module__ == __name__:
+        return
+    launch = function.run
+
+    def run(self: Any, *arguments: Any, **options: Any) -> None:
+        patched.clear()
+        launch(self, *arguments, **options)
+
+    def call(self: Any, *arguments: Any, **options: Any) -> Any:
+        # The patched modules of the language are those that the helper's own module knows.
+        if (module := id(self.fn.__globals__)) not in patched:
+            interpreter._patch_lang(self.fn)
+            patched.add(module)
+        return self.rewrite()(*arguments, **options)
+
+    function.run, function.__call__ = run, call
+
+
+def with_room(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function with room on CPython's stack of frames for what it calls.
+
+    That stack grows by 16 KiB and gives them back at once: where a busy call sits on the edge of such a block, as some
+    call of Triton's interpreter often does, every single one maps and unmaps memory, and that takes half of the time.
+    """
+
+    def caller(*arguments: Any) -> Any:
+        return function(*arguments)
+
+    caller.__code__ = caller.__code__.replace(co_stacksize=100_000)
+    return caller

@@ -1,0 +1,70 @@
+"""The private interfaces that the suite leans on are as it found them; where one is not, this says which."""
+
+import inspect
+import sys
+
+import pytest
+from hypothesis.internal.conjecture import engine, providers
+
+from properties.harness import workarounds
+from properties.harness.comparing import same_bits
+from properties.harness.implementations import implementation
+from properties.harness.running import run
+from properties.problems.problem import Problem
+
+
+def test_hypothesis_has_its_registry_of_providers() -> None:
+    assert providers.AVAILABLE_PROVIDERS.get(workarounds.INDEPENDENT) is workarounds.Independent, (
+        "Hypothesis no longer takes providers from AVAILABLE_PROVIDERS: find out how to register one, and how to draw "
+        "every example afresh (tests/properties/test_strategies.py counts whether it does)"
+    )
+    assert issubclass(workarounds.Independent, providers.HypothesisProvider), "HypothesisProvider is another class now"
+    assert '== "hypothesis"' in inspect.getsource(engine) or '!= "hypothesis"' in inspect.getsource(engine), (
+        "Hypothesis's engine no longer asks whether a backend is its own before it varies an example"
+    )
+
+
+def test_a_function_has_a_size_of_its_stack() -> None:
+    code = test_a_function_has_a_size_of_its_stack.__code__
+    assert hasattr(code, "co_stacksize"), f"code objects of Python {sys.version} have no co_stacksize to replace"
+    assert workarounds.with_room(lambda x: x + 1)(2) == 3
+
+
+def test_the_interpreter_has_the_parts_that_are_patched() -> None:
+    from triton.runtime import interpreter
+
+    for owner, name in (
+        (interpreter, "_patch_lang"),
+        (interpreter.InterpretedFunction, "run"),
+        (interpreter.InterpretedFunction, "rewrite"),
+        (interpreter.InterpretedFunction, "__call__"),
+    ):
+        assert hasattr(owner, name), f"Triton's interpreter has no {name}: patch_once must follow it, or go"
+
+
+def test_the_interpreter_patches_the_language_once_in_a_launch_and_computes_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from triton.runtime import interpreter
+
+    function, original = interpreter.InterpretedFunction, interpreter._patch_lang
+    calls: list[int] = []
+
+    def count(fn: object) -> object:
+        calls.append(id(fn))
+        return original(fn)
+
+    def anew(self: object, *arguments: object) -> object:
+        interpreter._patch_lang(self.fn)
+        return self.rewrite()(*arguments)
+
+    monkeypatch.setattr(interpreter, "_patch_lang", count)
+    problem = Problem(
+        lengths=(5, 0, 3), packed=True, H=2, D=3, C=2, memory="normalised", initial="full", offsets=(1, 0, 1)
+    )
+    subject = implementation("triton", "cpu")
+    results = run(subject, problem.inputs(), problem.cotangents())
+    few = len(calls)
+    monkeypatch.setattr(function, "__call__", anew)
+    same_bits(results, run(subject, problem.inputs(), problem.cotangents()))
+    assert 0 < few < len(calls) - few
