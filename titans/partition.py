@@ -1,4 +1,4 @@
-"""How sequences are cut into chunks and pieces: the geometry of a call on the host.
+"""How sequences are cut into chunks, pieces and blocks: the geometry of a call on the host.
 
 A *piece* is a run of tokens of one sequence inside one chunk. A sequence that resumes `offset` tokens into a
 chunk starts with a shorter piece; the last piece of any sequence may be short as well.
@@ -32,6 +32,54 @@ def max_pieces(call: Call, chunks: int = 1) -> int:
     """
     T, N, width, extra = call.q.shape[1], call.M.shape[0], chunks * call.chunk_size, slack(call, chunks)
     return N * ((T + extra) // width) if call.cu_seqlens is None else (T + N * extra) // width
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How chunks are cut into blocks, or put together to one: the units that the kernels work on.
+
+    `titans.kernels.block` is the same on the device. Buffers with one entry per block have K slots, at least one to a
+    block.
+
+    Attributes
+    ----------
+    slots : int
+        Number of slots K, known without looking at `cu_seqlens` and `offset`.
+    BC, BS : int
+        Tokens of a block at most, and of a step of the chain, which is a block or one of its chunks.
+    NB, PER : int
+        Blocks per chunk, chunks per block; one of them is 1.
+    """
+
+    slots: int
+    BC: int
+    BS: int
+    NB: int
+    PER: int
+
+
+def chunks_per_block(C: int, BC: int) -> int:
+    """Whole chunks of C tokens in a block of at most BC; 1 where a chunk takes a block or more."""
+    return max(1, BC // C)
+
+
+def layout_of(call: Call, BC: int) -> Layout:
+    """Lay out blocks of at most BC tokens, a power of two, for a call."""
+    C = call.chunk_size
+    NB, PER = -(-C // BC), chunks_per_block(C, BC)
+    # 16 rows are the least that a product takes
+    BS = min(BC, max(16, 1 << (C - 1).bit_length()))
+    return Layout(NB * max_pieces(call, PER), BC, BS, NB, PER)
+
+
+def owners(call: Call, cu_seqlens: Tensor, layout: Layout) -> Tensor:
+    """The packed sequence of each slot, -1 for none, (K,): a few small operations on the device of `cu_seqlens`."""
+    N = len(cu_seqlens) - 1
+    room = torch.arange(N + 1, device=cu_seqlens.device) * slack(call, layout.PER)
+    first = (cu_seqlens.long() + room) // (call.chunk_size * layout.PER) * layout.NB
+    slot = torch.arange(layout.slots, device=cu_seqlens.device)
+    n = torch.searchsorted(first, slot, right=True) - 1
+    return torch.where(n < N, n, -1).int()
 
 
 def final_offset(call: Call) -> Tensor:

@@ -15,6 +15,7 @@ from properties.problems.problem import Problem
 from tests.poison import poisoned_memory
 from titans import chunk_titans_linear
 from titans.kernels import tile
+from titans.partition import chunks_per_block
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -52,7 +53,16 @@ def test_the_error_model_knows_the_blocks(dtype: torch.dtype, D: int) -> None:
     """(B11): which chunks are one polynomial."""
     arithmetic = kernel_arithmetic(dtype, D, tensor_cores=False)
     for C in range(1, 129):
-        assert arithmetic.chunks(C) == tile.per_chunk(torch.empty(1, D, dtype=dtype), C)[1]
+        assert arithmetic.chunks(C) == chunks_per_block(C, tile.block_rows(torch.empty(1, D, dtype=dtype)))
+
+
+def test_no_two_gradients_share_memory() -> None:
+    B, T, H, D = 1, 3, 1, 2
+    inputs = [torch.ones(s, device=DEVICE) for s in (*[(B, T, H, D)] * 3, *[(H, D)] * 2, *[(B, T, H)] * 3)]
+    given = [x.requires_grad_() for x in (*inputs, torch.ones(B, H, D, D, device=DEVICE))]
+    o, _ = chunk_titans_linear(*given[:8], chunk_size=2, initial_state=given[8], backend="triton")
+    grads = torch.autograd.grad(o.sum(), given)
+    assert len({x.untyped_storage().data_ptr() for x in grads}) == len(given)
 
 
 def test_log_gates_near_zero_add_up() -> None:

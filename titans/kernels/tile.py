@@ -1,9 +1,15 @@
-"""Sizes of the blocks, and what every launch of a call shares."""
+"""The sizes and the pointers of a call, as the kernels take them.
+
+All that the compiler must know travels as one `Tile`. Pointers that belong together travel as one of the tuples below.
+Numbers known at run time (T, H, C, eps) travel one by one: Triton would compile a kernel anew for every value inside a
+tuple.
+"""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -11,40 +17,119 @@ import triton.language as tl
 from torch import Tensor
 
 from titans.arguments import Call
-from titans.partition import max_pieces, slack
+from titans.partition import Layout, layout_of, owners
+
+INTERPRETED = triton.knobs.runtime.interpret
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How the blocks of a call are laid out; see `titans.kernels.device`.
+class Where(NamedTuple):
+    """Pointers that tell a program which tokens are its own."""
+
+    cu_seqlens: Tensor | None  # (N + 1,), for packed sequences
+    offset: Tensor | None  # (N,), for resumed ones
+    owner: Tensor | None  # (K,): the sequence of each slot, -1 for none; for packed sequences
+
+
+class Affine(NamedTuple):
+    """Weight and bias of the normalised memory, or their cotangents of each block."""
+
+    w: Tensor | None  # (H, D); cotangent (K, H, D)
+    b: Tensor | None
+
+
+class State(NamedTuple):
+    """Initial or final memory, momentum and anchor, or their cotangents; (N, H, D, D) each, float32."""
+
+    M: Tensor
+    S: Tensor
+    anchor: Tensor
+
+
+class BlockState(NamedTuple):
+    """Cotangents of the memory and the momentum that enter or leave each block; (K, H, D, D) each."""
+
+    M: Tensor
+    S: Tensor
+
+
+class Saved(NamedTuple):
+    """What the backward keeps, in the dtype of `storage` but for r and the means, which are float32."""
+
+    M0: Tensor  # (K, H, D, D)
+    S0: Tensor  # (K, H, D, D)
+    x: Tensor  # (B, T, H, D): of eq. (2); k A in the plain memory
+    r: Tensor  # (B, T, H): of eq. (2)
+    means: Tensor | None = None  # (B, T, H, 2): mean e and mean e x of eq. (2); written by the backward
+
+
+class Rows(NamedTuple):
+    """Rows of (7) that queries and keys read, or their cotangents; float32."""
+
+    beta_f: Tensor  # (K, H, 2, BC): beta_t and f_t
+    G: Tensor  # (K, H, BC, BC): G_tj for j <= t
+
+
+class End(NamedTuple):
+    """The last row L of (7) of each block, or of each step of the chain, or its cotangent; float32."""
+
+    weights: Tensor  # (K, H, 2, BC): n_Lj and G_Lj
+    transition: Tensor  # (K, H, 3), or (K, H, PER, 3) of the steps: beta_L, f_L and m_L
+
+
+class Coefficients(NamedTuple):
+    """All that `coefficients_kernel` writes."""
+
+    rows: Rows
+    block_end: End
+    step_end: End
+
+
+@dataclass(frozen=True, eq=False)
+class Tile:
+    """What the compiler must know.
+
+    Compared by identity: Triton looks a compiled kernel up by its arguments at every launch. See `tile_of`.
 
     Attributes
     ----------
-    slots : int
-        Number of slots K.
-    stride : int
-        Slots per sequence, for sequences that are not packed.
-    slack : int
-        What rounding up costs a packed sequence at most, in tokens.
-    sequence : Tensor, shape (K,), or None
-        The sequence of each slot, -1 for none, for packed sequences.
+    D, BD : int
+        Head width, and the width of a tile: a power of two, for a product at least 16.
+    NORM, LOG, RESUMED, PACKED : bool
+        Whether the memory is normalised, gates are logs, sequences have an offset, and are packed.
+    OP : tl.dtype
+        The dtype of operands of products.
+    PREC : str
+        How products of float32 are made.
     BC, BS : int
-        Rows of the tile of a block, and of a step of the chain.
-    NB, PER : int
-        Blocks per chunk, chunks per block; one of them is 1.
-    BD : int
-        D, rounded up to what a dot takes.
+        Rows of a block, and of a step of the chain.
+    NB : int
+        Blocks per chunk.
+    SPLIT : bool
+        Whether chunks share a block.
     """
 
-    slots: int
-    stride: int
-    slack: int
-    sequence: Tensor | None
-    BC: int
-    BS: int
-    NB: int
-    PER: int
-    BD: int
+    D: Any
+    BD: Any
+    NORM: Any
+    LOG: Any
+    RESUMED: Any
+    PACKED: Any = False
+    OP: Any = tl.float32
+    PREC: Any = "ieee"
+    BC: Any = 1
+    BS: Any = 1
+    NB: Any = 1
+    SPLIT: Any = False
+
+    def __post_init__(self) -> None:
+        # the compiler takes the fields of a constant for constants only if they say so; the interpreter takes numbers
+        if not INTERPRETED:
+            for name, value in vars(self).items():
+                object.__setattr__(self, name, tl.constexpr(value))
+
+
+# equal sizes are one object
+_tile = functools.cache(Tile)
 
 
 def block_rows(q: Tensor) -> int:
@@ -52,32 +137,17 @@ def block_rows(q: Tensor) -> int:
     return 64 if q.dtype == torch.bfloat16 else (32 if q.shape[-1] <= 64 else 16)
 
 
-def per_chunk(q: Tensor, chunk_size: int) -> tuple[int, int]:
-    """Blocks per chunk and chunks per block."""
-    BC = block_rows(q)
-    return -(-chunk_size // BC), max(1, BC // chunk_size)
-
-
 def max_slots(call: Call) -> int:
     """Number of slots, known without looking at `cu_seqlens` and `offset`."""
-    NB, PER = per_chunk(call.q, call.chunk_size)
-    return NB * max_pieces(call, PER)
+    return layout_of(call, block_rows(call.q)).slots
 
 
-def layout_of(call: Call) -> Layout:
-    """Lay out the blocks of a call; for packed sequences a few small device operations, no synchronisation."""
-    C, N, D = call.chunk_size, call.M.shape[0], call.q.shape[-1]
-    BC, (NB, PER) = block_rows(call.q), per_chunk(call.q, C)
-    slots, extra = max_slots(call), slack(call, PER)
-    sequence = None
-    if call.cu_seqlens is not None:
-        cu = call.cu_seqlens.to(call.q.device, non_blocking=True).long()
-        base = (cu + torch.arange(N + 1, device=cu.device) * extra) // (C * PER) * NB
-        slot = torch.arange(slots, device=cu.device)
-        n = torch.searchsorted(base, slot, right=True) - 1
-        sequence = torch.where(n < N, n, -1).int()
-    BS = min(BC, max(16, int(triton.next_power_of_2(C))))
-    return Layout(slots, slots // max(N, 1), extra, sequence, BC, BS, NB, PER, max(16, triton.next_power_of_2(D)))
+def where_of(call: Call, layout: Layout) -> Where:
+    """Tell the programs which tokens are theirs; for packed sequences a few small device operations, no wait."""
+    if call.cu_seqlens is None:
+        return Where(None, call.offset, None)
+    cu_seqlens = call.cu_seqlens.to(call.q.device, non_blocking=True)
+    return Where(cu_seqlens, call.offset, owners(call, cu_seqlens, layout))
 
 
 def storage(call: Call) -> torch.dtype:
@@ -85,42 +155,38 @@ def storage(call: Call) -> torch.dtype:
     return torch.bfloat16 if call.q.dtype == torch.bfloat16 else torch.float32
 
 
-def places(call: Call, layout: Layout) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """What tells a program which tokens are its own."""
-    cu_seqlens = None if call.cu_seqlens is None else call.cu_seqlens.to(call.q.device, non_blocking=True)
-    return cu_seqlens, call.offset, layout.sequence
-
-
-def sizes(call: Call, layout: Layout) -> dict[str, Any]:
-    """Arguments that every kernel takes."""
-    T, H = call.q.shape[1:3]
-    return {
-        "T": T, "H": H, "C": call.chunk_size, "S": layout.stride, "slack": layout.slack,
-        "PER": layout.PER, "SPLIT": layout.PER > 1, "NB": layout.NB, "BC": layout.BC,
-        "PACKED": call.cu_seqlens is not None, "RESUMED": call.offset is not None,
-        "num_stages": 1, "enable_fp_fusion": True,
-    }  # fmt: skip
-
-
-def stages(layout: Layout) -> int:
-    """How many steps are in flight along the chain; in bfloat16, what was fastest on an H200."""
-    if layout.BD > 64:
-        return 2 if layout.BS == 64 else 1
-    return 3
-
-
-def tiles(call: Call, layout: Layout, square: bool = True) -> dict[str, Any]:
-    """Arguments of the kernels that work on (BC, BD) tiles, or on `square` (BD, BD) ones, which take more warps.
+def tile_of(call: Call, layout: Layout) -> Tile:
+    """The tile of the chunk form.
 
     How dots round their operands: bfloat16 stays what it is. float16 is raised to tf32, which holds it exactly and does
     not overflow where a state or an inner gradient leaves its range. float32 follows
     `torch.get_float32_matmul_precision()`; at its "highest", three tf32 products make one of float32.
     """
+    D = call.q.shape[-1]
     full = call.q.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    narrow = call.q.dtype == torch.bfloat16
-    return {
-        **sizes(call, layout),
-        "D": call.q.shape[-1], "BD": layout.BD, "NORM": call.w is not None,
-        "OP": tl.bfloat16 if narrow else tl.float32, "PREC": "tf32x3" if full else "tf32",
-        "num_warps": 4 if narrow and (layout.BD <= 64 or not square) else 8,
-    }  # fmt: skip
+    return _tile(
+        D=D,
+        BD=max(16, triton.next_power_of_2(D)),
+        NORM=call.w is not None,
+        LOG=call.log_gates,
+        RESUMED=call.offset is not None,
+        PACKED=call.cu_seqlens is not None,
+        OP=tl.bfloat16 if call.q.dtype == torch.bfloat16 else tl.float32,
+        PREC="tf32x3" if full else "tf32",
+        BC=layout.BC,
+        BS=layout.BS,
+        NB=layout.NB,
+        SPLIT=layout.PER > 1,
+    )
+
+
+def step_tile(call: Call) -> Tile:
+    """The tile of one token, which makes no products on tensor cores."""
+    D = call.q.shape[-1]
+    return _tile(
+        D=D,
+        BD=triton.next_power_of_2(D),
+        NORM=call.w is not None,
+        LOG=call.log_gates,
+        RESUMED=call.offset is not None,
+    )
