@@ -52,16 +52,16 @@ ANCHOR = (
           backend="recurrent"),
     fault("final anchor not refreshed", "chunk", "torch.where(x.pieces.refreshed[:, None, None, None], M, A)", "A",
           VALUES, SPLIT),
-    fault("anchor of a resumed chunk taken from M", "api", "state.S, state.anchor, state.offset",
-          "state.S, state.M, state.offset", VALUES, SPLIT),
+    fault("anchor of a resumed chunk taken from M", "api", "S.to(dtype), anchor.to(dtype), offset",
+          "S.to(dtype), M.to(dtype), offset", VALUES, SPLIT),
     fault("backward at M0 instead of the anchor", "chunk", "dy @ A[now].mT", "dy @ M0[now].mT", GRADIENTS, SPLIT),
 )  # fmt: skip
 
 STATES = (
     fault("momentum dropped where a chunk ends", "chunk", "A[live] = M[live]", "A[live] = M[live]; S[live] = 0",
           VALUES, ANY_LENGTH),
-    fault("momentum dropped at a split", "api", "return state.M, state.S,",
-          "return state.M, torch.zeros_like(state.S),", VALUES, SPLIT),
+    fault("momentum dropped at a split", "api", "return M.to(dtype), S.to(dtype),",
+          "return M.to(dtype), torch.zeros_like(S),", VALUES, SPLIT),
     fault("momentum decays with the memory", "recurrent", "M = a_t * M + S", "M = a_t * (M + S)", VALUES, PAPER,
           backend="recurrent"),
     fault("offset ignored at resume", "partition",
@@ -69,11 +69,11 @@ STATES = (
           "torch.zeros_like(lengths)", VALUES, SPLIT),
     fault("final offset counted from zero", "partition", "return (call.offset + T) % call.chunk_size",
           "return (0 * call.offset + T) % call.chunk_size", VALUES, SPLIT),
-    fault("a step has the default chunk length", "api", "offset, None, float(eps), chunk_size, log_gates",
-          "offset, None, float(eps), 16, log_gates", STEP),
+    fault("a step has the default chunk length", "api", "offset, None, eps, chunk_size, log_gates",
+          "offset, None, eps, 16, log_gates", STEP),
     fault("initial state changed in place", "chunk", "M, S, A = M[order], S[order],", "M, S, A = M[order], S,", LAYOUT),
-    fault("heads and sequences of a state swapped", "api", "return state.M, state.S,",
-          "return state.M.transpose(0, 1).reshape(state.M.shape), state.S,", PERMUTED, ALONE),
+    fault("heads and sequences of a state swapped", "api", "return M.to(dtype), S.to(dtype),",
+          "return M.to(dtype).transpose(0, 1).reshape(M.shape), S.to(dtype),", PERMUTED, ALONE),
     fault("state kept in bfloat16", "chunk", "f * S[live] + k_T @ (G * u[now])",
           "f * S[live] + (k_T @ (G * u[now])).bfloat16().to(M.dtype)", VALUES, TAIL),
 )  # fmt: skip
@@ -114,16 +114,16 @@ NORM = (
           "(do * y_normed).sum((0, 1, 2)).expand(do.shape[1], -1)", GRADIENTS, PERMUTED),
 )  # fmt: skip
 
-ENDING = "(last - first - 1).to(device)"
+ENDING = "(length - 1).to(device)"
 TAILS = (
     fault("tail: m taken at C", "coefficients", "G[..., 1], n[..., 1])", "G[..., 1], self.n[-1, ..., 1])", VALUES,
           TAIL),
     fault("tail: f taken at the token before", "coefficients", "G[..., 1], n[..., 1])",
           "self.G[token, at[1], ..., 1], n[..., 1])", VALUES, TAIL),
-    fault("tail: everything taken at C", "partition", ENDING, "torch.full_like(last, chunk_size - 1).to(device)",
+    fault("tail: everything taken at C", "partition", ENDING, "(0 * length + token.shape[1] - 1).to(device)",
           VALUES, TAIL),
     Fault("tail: padding with real gates", "partition",
-          ((ENDING, "torch.full_like(last, chunk_size - 1).to(device)"), ("pieces[self.padding] = 0", "pass")),
+          ((ENDING, "(0 * length + token.shape[1] - 1).to(device)"), ("pieces[self.padding] = 0", "pass")),
           (VALUES, TAIL)),
     fault("tail: gradients put at C", "chunk", "at = (x.pieces.end[now] + 1,",
           "at = (0 * x.pieces.end[now] + x.k.shape[2],", GRADIENTS, TAIL),
@@ -190,8 +190,8 @@ PRECISION = (
 SHUFFLED = "__import__('random').sample(range(k_T.shape[-1]), k_T.shape[-1])"
 CALLS = (
     fault("packed sequences read on into the next", "partition",
-          "torch.minimum((step + 1) * chunk_size - offset[sequence], lengths[sequence])",
-          "torch.minimum((step + 1) * chunk_size - offset[sequence], B * T - starts[sequence])", PACKED, VALUES),
+          "torch.minimum(room[sequence] + step * chunk_size, lengths[sequence])",
+          "torch.minimum(room[sequence] + step * chunk_size, B * T - starts[sequence])", PACKED, VALUES),
     fault("an empty sequence shifts the states", "recurrent", "slice(n, n + 1))",
           "slice(m := max(len(set(bounds[: n + 1])) - 1, 0), m + 1))", PACKED, VALUES, backend="recurrent"),
     fault("heads and tokens not transposed", "partition", "return pieces.transpose(1, 2).contiguous()",

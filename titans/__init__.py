@@ -3,5 +3,15 @@
 from titans.api import chunk_titans_linear, titans_linear, titans_linear_step
 from titans.arguments import TitansState
 from titans.gates import check_gates
+from titans.validation import check_layout
 
-__all__ = ["TitansState", "check_gates", "chunk_titans_linear", "titans_linear", "titans_linear_step"]
+__all__ = [
+    "TitansState",
+    "__version__",
+    "check_gates",
+    "check_layout",
+    "chunk_titans_linear",
+    "titans_linear",
+    "titans_linear_step",
+]
+__version__ = "0.1.0"

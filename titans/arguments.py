@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import _register_namedtuple
 
 
-class TitansState(NamedTuple):
-    """Where a sequence stands; resumes it at any token, exactly.
+class _State(NamedTuple):
+    M: Tensor
+    S: Tensor
+    anchor: Tensor
+    offset: Tensor
+
+
+class TitansState(_State):
+    """The place that sequences have reached; resumes them at any token, exactly.
+
+    A tuple of its four fields, and any tuple of such four is taken for a state.
 
     Attributes
     ----------
@@ -17,24 +28,58 @@ class TitansState(NamedTuple):
         Memory, momentum, and the memory as it was when the running chunk began.
     offset : Tensor, shape (N,), int32 or int64
         Tokens already consumed of the running chunk, 0 <= offset < chunk_size.
+    chunk_size : int or None
+        The chunk length that the state was made with, and that it must be continued with. It is not one of the fields:
+        a plain tuple and a state that was rebuilt from its fields do not have it, and are not checked for it.
     """
 
-    M: Tensor
-    S: Tensor
-    anchor: Tensor
-    offset: Tensor
+    chunk_size: int | None = None
+
+    def __new__(  # noqa: D102 (see the class)
+        cls, M: Tensor, S: Tensor, anchor: Tensor, offset: Tensor, chunk_size: int | None = None
+    ) -> TitansState:
+        self = super().__new__(cls, M, S, anchor, offset)
+        self.chunk_size = chunk_size
+        return self
 
     def detach(self) -> TitansState:
         """The same state, cut from the autograd graph."""
-        return TitansState(*(x.detach() for x in self))
+        return self._each(Tensor.detach)
 
-    def to(self, device: torch.device | str) -> TitansState:
-        """The same state on another device."""
-        return TitansState(*(x.to(device) for x in self))
+    def clone(self) -> TitansState:
+        """A copy that shares no memory with the state."""
+        return self._each(Tensor.clone)
+
+    def to(self, *args: Any, **kwargs: Any) -> TitansState:
+        """The same state on another device or in another dtype, by the arguments of `torch.Tensor.to`.
+
+        The offset stays an integer.
+        """
+        M, S, anchor = (x.to(*args, **kwargs) for x in (self.M, self.S, self.anchor))
+        offset = self.offset.to(M.device, non_blocking=kwargs.get("non_blocking", False))
+        return TitansState(M, S, anchor, offset, self.chunk_size)
+
+    def cpu(self) -> TitansState:
+        """The same state on the CPU."""
+        return self.to("cpu")
+
+    def select(self, sequences: Any) -> TitansState:
+        """The state of some sequences: `x[sequences]` of every field; a single number keeps the axis of sequences.
+
+        For beams, `sequences` is the tensor of those that survive; one may survive many times.
+        """
+        rows = slice(sequences, sequences + 1 or None) if isinstance(sequences, int) else sequences
+        return self._each(lambda x: x[rows])
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> TitansState:
+        M, S, anchor, offset = map(function, self)
+        return TitansState(M, S, anchor, offset, self.chunk_size)
 
 
 # so that torch.load(..., weights_only=True), its default, accepts a saved state
 torch.serialization.add_safe_globals([TitansState])
+# and torch.export.save a program with one
+_register_namedtuple(TitansState, serialized_type_name="titans.TitansState")
 
 
 class Call(NamedTuple):

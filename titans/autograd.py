@@ -1,4 +1,4 @@
-"""The chunk form as the registered operators `titans::chunked` and `titans::chunked_backward`; `titans::step`.
+"""The registered operators: `titans::chunked`, the chunk form, `titans::chunked_backward` and `titans::step`.
 
 `torch.compile` and CUDA graphs see one opaque operator per direction. The residuals of the forward are the memory M0
 and the momentum S0 that each piece starts from, and for the kernels x and r of eq. (2), which are empty for the other
@@ -12,60 +12,104 @@ four tenths of the host's time in a recorded forward.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 
-from titans import chunk
+from titans import chunk, recurrent
 from titans.arguments import Call
+from titans.autocast import without_autocast
 from titans.partition import max_pieces
+from titans.transforms import in_forward_mode, over_heads
+from titans.validation import check_values
 
 _TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", int: "int", bool: "bool"}
 _CALL = ", ".join(f"{_TYPES[kind]} {name}" for name, kind in get_type_hints(Call).items())
 _ARGUMENTS = f"{_CALL}, str backend"
 _RESIDUALS = "Tensor M0, Tensor S0, Tensor x, Tensor r"
 _COTANGENTS = "Tensor? do, Tensor? dM, Tensor? dS, Tensor? danchor"
+_GRADIENTS = ", ".join(f"Tensor d{name}" for name in Call._make(Call._fields).differentiable)
+
+# The registry outlives this module: loaded again, the module puts its functions in the place of those before.
+_operators: Any = torch.ops.titans
+if "library" not in vars(_operators):
+    _operators.library = torch.library.Library("titans", "DEF")  # type: ignore[no-untyped-call]
+_library: Any = _operators.library
 
 
-def _tensors(count: int) -> str:
-    return f"({', '.join(['Tensor'] * count)})"
+def _define(name: str, arguments: str, results: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Register an operator, and return it."""
+    if not hasattr(_operators, name):
+        _library.define(f"{name}({arguments}) -> ({results})")
+    # for devices of any kind
+    _library.impl(name, run, "CompositeExplicitAutograd", allow_override=True)
+    torch.library.register_fake(f"titans::{name}", fake, lib=_library, allow_override=True)
+    operator = getattr(_operators, name).default
+    torch.library.register_vmap(f"titans::{name}", over_heads(operator), lib=_library)
+    return operator
 
 
-_library = torch.library.Library("titans", "DEF")  # type: ignore[no-untyped-call]
+def _differentiate(
+    operator: Any, save: Callable[..., None], backward: Callable[..., Any], definition: Callable[..., Any] | None = None
+) -> None:
+    """Make the operator differentiable.
 
+    Parameters
+    ----------
+    save : Callable
+        Keeps on its first argument, the context, what `backward` needs of the arguments and the output.
+    backward : Callable
+        From the context and the cotangents of the output, those of the arguments.
+    definition : Callable, optional
+        The same results by PyTorch's own operations, which forward mode runs instead; None stands for "not this call".
+    """
+    name = operator._schema.name
 
-def _define(name: str, arguments: str, results: int, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Register an operator that returns tensors, and return it."""
-    _library.define(f"{name}({arguments}) -> {_tensors(results)}")  # type: ignore[no-untyped-call]
-    for device in ("CPU", "CUDA"):
-        _library.impl(name, run, device)  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"titans::{name}", fake, lib=_library)
-    return getattr(torch.ops.titans, name).default
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        output = _below_autograd(operator, arguments)
+        save(ctx, arguments, output)
+        return output
 
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+        raise RuntimeError(f'`{name}` has no forward-mode derivative; backend="recurrent" has one')
 
-def _differentiate(name: str, function: type[torch.autograd.Function]) -> None:
-    """Make the operator record `function`, whose forward calls it below autograd."""
-    operator = getattr(torch.ops.titans, name).default
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward), "jvp": staticmethod(jvp)}
+    function: Any = type("Recorded", (torch.autograd.Function,), methods)
+    # here `Function.apply`, which would begin with the transforms of `torch.func`, comes too late: the dispatcher has
+    # come down to one of their levels
+    record = super(torch.autograd.Function, function).apply
 
     def run(*arguments: Any) -> Any:
+        transformed = torch._C._are_functorch_transforms_active()
+        if transformed or forward_ad._current_level >= 0:
+            if definition and in_forward_mode() and (results := definition(*arguments)) is not None:
+                return results
+            with enable_single_level_autograd_function():
+                return record(*arguments)
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
-            return function.apply(*arguments)  # type: ignore[no-untyped-call]
+            return record(*arguments)
         return _below_autograd(operator, arguments)
 
-    _library.impl(name, run, "Autograd")  # type: ignore[no-untyped-call]
+    _library.impl(name.removeprefix("titans::"), run, "Autograd", allow_override=True)
 
 
 def _below_autograd(operator: Any, arguments: tuple[Any, ...]) -> Any:
     with torch._C._AutoDispatchBelowAutograd():
-        return operator(*arguments)
+        if not torch._C._are_functorch_transforms_active():
+            return operator(*arguments)
+        # the next transform has derivatives of its own to follow, which `record` turns off
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+            return operator(*arguments)
 
 
 @contextmanager
 def _alone_with(q: Tensor) -> Iterator[None]:
     """Launch on the device of `q`, whichever is current, and leave autocast outside."""
-    with torch.cuda.device(q.device if q.is_cuda else -1), torch.autocast(q.device.type, enabled=False):
+    with torch.cuda.device(q.device) if q.is_cuda else nullcontext(), without_autocast(q):
         yield
 
 
@@ -77,6 +121,7 @@ def _chunked(*arguments: Any) -> tuple[Tensor, ...]:
         if backend == "triton":
             from titans import kernels
 
+            check_values(call)
             return kernels.forward(call)
         return *chunk.forward(call, log_space=backend == "log"), *(call.M.new_empty(0) for _ in range(2))
 
@@ -97,6 +142,39 @@ def _fake_chunked(*arguments: Any) -> tuple[Tensor, ...]:
     return call.q.new_empty(call.q.shape), *final, *states, x, r
 
 
+def _chunked_by_definition(*arguments: Any) -> tuple[Tensor, ...] | None:
+    """Do the same token by token, and without residuals; None for the kernels, whose callers count on their speed."""
+    *fields, backend = arguments
+    if backend == "triton":
+        return None
+    call = Call(*fields)
+    with without_autocast(call.q):
+        return *recurrent.forward(call), *(call.M.new_empty(0) for _ in range(4))
+
+
+def _save_chunked(ctx: Any, arguments: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    # without this, autograd would fill (K, H, D, D) zeros for the cotangents of M0 and S0
+    ctx.set_materialize_grads(False)
+    *fields, ctx.backend = arguments
+    call = Call(*fields)
+    _, _, _, _, *residuals = output
+    ctx.options = call.options
+    ctx.save_for_backward(*call.tensors, *residuals)
+
+
+def _differentiate_chunked(ctx: Any, do: Any, dM: Any, dS: Any, danchor: Any, *_: Any) -> tuple[Tensor | None, ...]:
+    *tensors, M0, S0, x, r = ctx.saved_tensors
+    call = Call(*tensors, *ctx.options)
+    return *_gradients(call, ctx.backend, M0, S0, x, r, do, dM, dS, danchor), None
+
+
+def _gradients(call: Call, *others: Any) -> tuple[Tensor | None, ...]:
+    """One gradient for every field of the call, None where it has no cotangent."""
+    grads = chunked_backward(*call, *others)
+    given = (g if x is not None else None for g, x in zip(grads, call.differentiable, strict=True))
+    return *given, *(None for _ in call[len(grads) :])
+
+
 def _chunked_backward(*arguments: Any) -> tuple[Tensor, ...]:
     """Compute the cotangents of q, k, v, w, b, theta, alpha, eta, M, S and anchor; without w and b theirs are empty."""
     *fields, backend, M0, S0, x, r, do, dM, dS, danchor = arguments
@@ -108,6 +186,7 @@ def _chunked_backward(*arguments: Any) -> tuple[Tensor, ...]:
         if backend == "triton":
             from titans import kernels
 
+            check_values(call)
             grads = kernels.backward(call, M0, S0, x, r, do, dM, dS, danchor)
         else:
             grads = chunk.backward(call, backend == "log", M0, S0, do, dM, dS, danchor)
@@ -122,51 +201,12 @@ def _fake_chunked_backward(*arguments: Any) -> tuple[Tensor, ...]:
     return tuple(call.M.new_empty(0) if x is None else x.new_empty(x.shape) for x in call.differentiable)
 
 
-chunked = _define("chunked", _ARGUMENTS, 8, _chunked, _fake_chunked)
-chunked_backward = _define(
-    "chunked_backward", f"{_ARGUMENTS}, {_RESIDUALS}, {_COTANGENTS}", 11, _chunked_backward, _fake_chunked_backward
-)
+def _save_nothing(ctx: Any, arguments: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    pass
 
 
-def _gradients(grads: tuple[Tensor, ...], call: Call) -> tuple[Tensor | None, ...]:
-    """One gradient for every argument of an operator that takes `call`: None where the argument has no cotangent."""
-    wanted = (g if x is not None else None for g, x in zip(grads, call.differentiable, strict=True))
-    return *wanted, *(None for _ in call[len(grads) :])
-
-
-class _Chunked(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Any:
-        # without this, autograd would fill (K, H, D, D) zeros for the cotangents of M0 and S0
-        ctx.set_materialize_grads(False)
-        *fields, ctx.backend = arguments
-        output = _below_autograd(chunked, arguments)
-        _, _, _, _, *residuals = output
-        call = Call(*fields)
-        ctx.options = call.options
-        ctx.save_for_backward(*call.tensors, *residuals)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, do: Any, dM: Any, dS: Any, danchor: Any, *_: Any) -> Any:
-        *tensors, M0, S0, x, r = ctx.saved_tensors
-        call = Call(*tensors, *ctx.options)
-        grads = chunked_backward(*call, ctx.backend, M0, S0, x, r, do, dM, dS, danchor)
-        return *_gradients(grads, call), None
-
-
-class _ChunkedBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Any:
-        return _below_autograd(chunked_backward, arguments)
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
-        raise RuntimeError('`chunked_backward` has no derivative; backend="recurrent" can be differentiated again')
-
-
-_differentiate("chunked", _Chunked)
-_differentiate("chunked_backward", _ChunkedBackward)
+def _refuse(ctx: Any, *cotangents: Tensor | None) -> Any:
+    raise RuntimeError('`chunked_backward` has no derivative; backend="recurrent" can be differentiated again')
 
 
 def _step(*arguments: Any) -> tuple[Tensor, ...]:
@@ -174,6 +214,7 @@ def _step(*arguments: Any) -> tuple[Tensor, ...]:
     from titans.kernels.step import step as launch
 
     call = Call(*arguments).contiguous()
+    check_values(call)
     with _alone_with(call.q):
         return launch(call)
 
@@ -181,30 +222,31 @@ def _step(*arguments: Any) -> tuple[Tensor, ...]:
 def _fake_step(*arguments: Any) -> tuple[Tensor, ...]:
     call = Call(*arguments)
     states = [call.M.new_empty(call.M.shape) for _ in range(3)]
-    offset = call.M.new_empty(len(call.M), dtype=torch.int64 if call.offset is None else call.offset.dtype)
+    offset = call.M.new_empty(call.M.shape[0], dtype=torch.int64 if call.offset is None else call.offset.dtype)
     return call.q.new_empty(call.q.shape), *states, offset
 
 
-step = _define("step", _CALL, 5, _step, _fake_step)
+def _save_step(ctx: Any, arguments: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    *_, offset = output
+    ctx.mark_non_differentiable(offset)
+    call = Call(*arguments)
+    ctx.options = call.options
+    ctx.save_for_backward(*call.tensors)
 
 
-class _Step(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Any:
-        ctx.set_materialize_grads(False)
-        output = _below_autograd(step, arguments)
-        ctx.mark_non_differentiable(output[-1])
-        call = Call(*arguments)
-        ctx.options = call.options
-        ctx.save_for_backward(*call.tensors)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, do: Any, dM: Any, dS: Any, danchor: Any, *_: Any) -> Any:
-        # rare, so it need not be fast: the reverse of the chunk form of the same token
-        call = Call(*ctx.saved_tensors, *ctx.options)
-        _, _, _, _, *residuals = chunked(*call, "triton")
-        return _gradients(chunked_backward(*call, "triton", *residuals, do, dM, dS, danchor), call)
+def _differentiate_step(ctx: Any, do: Any, dM: Any, dS: Any, danchor: Any, _: Any) -> tuple[Tensor | None, ...]:
+    # rare, so it need not be fast: the reverse of the chunk form of the same token
+    call = Call(*ctx.saved_tensors, *ctx.options)
+    _, _, _, _, *residuals = chunked(*call, "triton")
+    return _gradients(call, "triton", *residuals, do, dM, dS, danchor)
 
 
-_differentiate("step", _Step)
+_STATE = "Tensor M, Tensor S, Tensor anchor"
+chunked = _define("chunked", _ARGUMENTS, f"Tensor o, {_STATE}, {_RESIDUALS}", _chunked, _fake_chunked)
+_BACKWARD = f"{_ARGUMENTS}, {_RESIDUALS}, {_COTANGENTS}"
+chunked_backward = _define("chunked_backward", _BACKWARD, _GRADIENTS, _chunked_backward, _fake_chunked_backward)
+step = _define("step", _CALL, f"Tensor o, {_STATE}, Tensor offset", _step, _fake_step)
+_differentiate(chunked, _save_chunked, _differentiate_chunked, _chunked_by_definition)
+_differentiate(chunked_backward, _save_nothing, _refuse)
+_differentiate(step, _save_step, _differentiate_step)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from titans.arguments import Call
+from titans.validation import check_bounds, check_offsets
 
 
 def slack(call: Call, chunks: int = 1) -> int:
@@ -106,9 +107,9 @@ class Pieces:
         The sequences, longest chain first.
     steps : tuple of slice
         The pieces of each step of the chain.
-    index : Tensor, shape (K, C)
-        Row of each piece's tokens among all B T tokens; padding points at row 0.
-    padding : Tensor, shape (K, C), or None
+    index : Tensor, shape (K, L)
+        Row of each piece's tokens among all B T tokens, L the length of the longest piece; padding points at row 0.
+    padding : Tensor, shape (K, L), or None
         True where `index` stands for no token; None if every piece is full.
     end : Tensor, shape (K,)
         The last token of each piece, counted inside it.
@@ -124,16 +125,16 @@ class Pieces:
     refreshed: Tensor
 
     def gather(self, x: Tensor) -> Tensor:
-        """(B, T, H, ...) -> (K, H, C, ...), zero in the padding."""
-        pieces = x.flatten(0, 1)[self.index]  # (K, C, H, ...)
+        """(B, T, H, ...) -> (K, H, L, ...), zero in the padding."""
+        pieces = x.flatten(0, 1)[self.index]  # (K, L, H, ...)
         if self.padding is not None:
             pieces[self.padding] = 0
         return pieces.transpose(1, 2).contiguous()
 
     def scatter(self, pieces: Tensor, like: Tensor) -> Tensor:
-        """(K, H, C, ...) -> (B, T, H, ...) in the shape and dtype of `like`: the inverse of `gather`."""
+        """(K, H, L, ...) -> (B, T, H, ...) in the shape and dtype of `like`: the inverse of `gather`."""
         x = torch.empty_like(like, memory_format=torch.contiguous_format)
-        tokens = pieces.transpose(1, 2).to(like.dtype)  # (K, C, H, ...)
+        tokens = pieces.transpose(1, 2).to(like.dtype)  # (K, L, H, ...)
         if self.padding is None:
             x.flatten(0, 1)[self.index] = tokens
         else:
@@ -152,17 +153,22 @@ def cut(
         starts, lengths = torch.arange(B) * T, torch.full((B,), T)
     else:
         bounds = cu_seqlens.cpu().long()
+        check_bounds(bounds.tolist(), T)
         starts, lengths = bounds[:-1], bounds.diff()
     offset = torch.zeros_like(lengths) if offset is None else offset.cpu().long()
-    counts = torch.where(lengths > 0, (lengths + offset + chunk_size - 1) // chunk_size, 0)  # pieces per sequence
+    check_offsets("offset", offset.tolist(), chunk_size)
+    # tokens of the first piece at most; no sum below leaves int64, however long a chunk
+    room = chunk_size - offset
+    counts = torch.where(lengths > 0, 1 - (room - lengths).clamp(max=0) // chunk_size, 0)  # pieces per sequence
     order = torch.sort(counts, descending=True, stable=True).indices
 
     active = counts[order] > torch.arange(int(counts.max()) if len(counts) else 0)[:, None]  # (steps, N)
     step, place = active.nonzero(as_tuple=True)  # (K,), ordered by step
     sequence = order[place]
-    first = torch.clamp(step * chunk_size - offset[sequence], min=0)
-    last = torch.minimum((step + 1) * chunk_size - offset[sequence], lengths[sequence])
-    token = first[:, None] + torch.arange(chunk_size)  # (K, C), inside the sequence
+    last = torch.minimum(room[sequence] + step * chunk_size, lengths[sequence])
+    first = torch.where(step > 0, room[sequence] + (step - 1) * chunk_size, 0)
+    length = last - first  # (K,)
+    token = first[:, None] + torch.arange(int(length.max()) if len(length) else 0)  # (K, L), inside the sequence
     padding = token >= last[:, None]
     index = torch.where(padding, 0, starts[sequence, None] + token)
 
@@ -173,6 +179,6 @@ def cut(
         tuple(slice(i, j) for i, j in pairwise(ends)),
         index.to(device),
         padding.to(device) if padding.any() else None,
-        (last - first - 1).to(device),
+        (length - 1).to(device),
         ((lengths > 0) & ((offset + lengths) % chunk_size == 0)).to(device),
     )

@@ -11,6 +11,7 @@ from torch import Tensor
 from titans.arguments import Call, compute_dtype
 from titans.gates import linear_gates
 from titans.inner import inner_gradient, readout, target
+from titans.validation import check_bounds
 
 
 def recurrent(
@@ -57,7 +58,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = compute_dtype(call.q.dtype)
     w, b = (None if x is None else x.to(dtype) for x in (call.w, call.b))
     theta, a, eta = linear_gates((call.theta.to(dtype), call.alpha.to(dtype), call.eta.to(dtype)), call.log_gates)
-    offset = call.M.new_zeros(len(call.M), dtype=torch.int64) if call.offset is None else call.offset
+    offset = call.M.new_zeros(call.M.shape[0], dtype=torch.int64) if call.offset is None else call.offset
 
     def run(tokens: slice, n: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         q, k, v = (x[:, tokens].to(dtype) for x in (call.q, call.k, call.v))
@@ -67,8 +68,11 @@ def forward(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
     if call.cu_seqlens is None:
         o, M, S, anchor = run(slice(None), slice(None))
+        if not call.q.shape[1]:
+            # no result shares memory with an argument
+            M, S, anchor = M.clone(), S.clone(), anchor.clone()
     else:
-        bounds = call.cu_seqlens.tolist()
+        bounds = _bounds(call)
         runs = [run(slice(*bounds[n : n + 2]), slice(n, n + 1)) for n in range(len(bounds) - 1)]
         # the empty slice stands for no sequence at all
         runs.append(run(slice(0, 0), slice(0, 0)))
@@ -76,3 +80,14 @@ def forward(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             torch.cat(parts, dim) for parts, dim in zip(zip(*runs, strict=True), (1, 0, 0, 0), strict=True)
         )
     return o.to(call.q.dtype), M, S, anchor
+
+
+def _bounds(call: Call) -> list[int]:
+    assert call.cu_seqlens is not None
+    T, N = call.q.shape[1], call.cu_seqlens.shape[0] - 1
+    if call.cu_seqlens.is_meta:
+        # no values, and all of them lead to the same shapes
+        return [0] * N + [T]
+    bounds = call.cu_seqlens.tolist()
+    check_bounds(bounds, T)
+    return bounds
