@@ -1,4 +1,4 @@
-"""Numbers with an error bound: midpoint, radius, and what the roundings of a polynomial can do (oracle/README.md)."""
+"""Numbers with an error bound: midpoint, radius, and the majorants on which roundings act, bound (B1)."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class Ball:
     mid : Array
         Its value in float64.
     rad : Array
-        How far exact evaluation from the inexact quantities can be from the exact value.
+        Distance from the exact value that the errors of the quantities can cause under exact evaluation.
     mag : Array
-        The same polynomial of the absolute values: what relative errors act on.
+        Majorant: the same terms with absolute values. Relative errors act on it.
     cap : Array
-        The same polynomial of max(1, absolute value): what absolute errors act on, and a bound on every partial result.
+        Majorant at max(1, absolute values). Absolute errors act on it, and it bounds every partial result.
     drift : Array
-        What `mag` gains when every leaf grows by the relative error that it may have anew wherever it is used, (B8).
+        Growth of `mag` if every quantity grows by the relative error that it may have anew in each use, (B8).
     """
 
     mid: Array
@@ -38,7 +38,7 @@ class Ball:
 
     @property
     def parts(self) -> tuple[Array, ...]:
-        """All its arrays, in the order of the constructor."""
+        """Arrays in the order of the constructor."""
         return self.mid, self.rad, self.mag, self.cap, self.drift
 
     def map(self, function: Callable[[Array], Array]) -> Ball:
@@ -46,11 +46,11 @@ class Ball:
         return Ball(*(function(part) for part in self.parts))
 
     def with_terms_of(self, polynomial: Ball) -> Ball:
-        """Let later relative errors act on the terms of a polynomial, too, of which this is the value: bound (B6)."""
+        """Let later relative errors act on the terms of the polynomial that has this value: bound (B6)."""
         return replace(self, mag=np.maximum(self.mag, polynomial.mag), drift=np.maximum(self.drift, polynomial.drift))
 
     def within(self, polynomial: Ball) -> Ball:
-        """Let all majorants be no less than those of a polynomial that goes on: bound (B11)."""
+        """Let this value go on as part of the polynomial: no majorant is less than the polynomial's, bound (B11)."""
         return replace(self.with_terms_of(polynomial), cap=np.maximum(self.cap, polynomial.cap))
 
     def __getitem__(self, index: Any) -> Ball:
@@ -90,14 +90,14 @@ class Ball:
         return self.sum().times(1 / self.mid.shape[-1])
 
     def centred(self) -> Ball:
-        """x - mean x over the last axis: a projection, whose coefficients 1 - 1/D and -1/D the radius uses."""
+        """x - mean x over the last axis: a projection with the coefficients 1 - 1/D and -1/D, which the radius uses."""
         D = self.mid.shape[-1]
         mean = self.mean()
         rad = (1 - 2 / D) * self.rad + mean.rad if D > 1 else np.zeros_like(self.mid)
         return Ball(self.mid - mean.mid, rad, self.mag + mean.mag, self.cap + mean.cap, self.drift + mean.drift)
 
     def centred_or_not(self) -> Ball:
-        """The same, where the mean is 0 in exact arithmetic, so that an implementation may leave it out: bound (B6)."""
+        """Rows whose exact mean is 0, so that an implementation may centre them or not: bound (B6)."""
         centred = self.centred()
         return replace(centred, rad=np.maximum(centred.rad, self.rad))
 

@@ -1,4 +1,4 @@
-"""Error models: the floating-point arithmetic of an implementation, and how it charges a polynomial for roundings."""
+"""Floating-point arithmetic of an implementation, and the charge for the roundings of a polynomial."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from oracle.precision import doubles
 
 @dataclass(frozen=True)
 class ErrorModel:
-    """The floating-point arithmetic that a backend computes in.
+    """The floating-point arithmetic of an implementation, as the error model of oracle/README.md describes it.
 
     Parameters
     ----------
     unit : float
         Unit roundoff: the relative error of one operation.
     tiny : float
-        Smallest normal number: the absolute error of an operation that underflows, also where that flushes to zero.
+        Smallest normal number: the absolute error of an operation that underflows, to a subnormal or to zero.
     huge : float
-        Largest finite number; where an intermediate result may come within a factor 4 of it the radius is infinite.
+        Largest finite number. The radius is infinite where an intermediate result may be more than a quarter of it.
     operand, operand_tiny : float
-        The same for the operands of dots, where these are rounded to a narrower format first; 0 where they are not.
+        Relative and absolute error of rounding an operand of a dot to a narrower format; 0 where none is rounded.
     argument_operand : float
-        `operand` for the operands that are q or k: 0 where they come in that narrower format.
+        `operand` of q and k: 0 where q and k come in the narrower format.
     log_space : bool
         Whether the chunk coefficients are computed as exp of sums of logs.
     block : int
-        Tokens in a block of whole chunks that is evaluated as one polynomial of the state before it; 0: every chunk is
-        a block of its own.
+        Tokens in a block, the whole chunks that are evaluated as one polynomial of the state before them, bound (B11).
+        0: every chunk is a block.
     """
 
     unit: float
@@ -49,7 +49,7 @@ class ErrorModel:
         return max(1, self.block // chunk_size)
 
     def argument(self, x: Tensor) -> Ball:
-        """An argument of the call: exact, unless its format has a wider range than that of the arithmetic."""
+        """An argument of the call: exact, unless its format has a wider range than the arithmetic."""
         mid = doubles(x)
         return ball(mid, self.unit * np.abs(mid) if torch.finfo(x.dtype).tiny < self.tiny else None)
 
@@ -61,17 +61,16 @@ class ErrorModel:
         x : Ball
             The polynomial, with radius and majorants.
         count : float or Array, broadcastable to x
-            The most roundings that any of its monomials meets.
+            The most roundings that any of its terms meets.
         operands : tuple of int
-            The most dot operands among its factors: that are q or k, and that are computed.
+            The most operands of dots among the factors of a term: q or k, and computed ones.
         """
         arguments, computed = operands
-        # n factors 1 + d or 1 / (1 + d), |d| <= u <= 2^-8, differ from 1 by at most exp(1.01 n u) - 1
         narrowed = arguments * self.argument_operand + computed * self.operand
         relative = np.expm1(1.01 * (count * self.unit + narrowed))
         rad = x.rad + relative * (x.mag + x.drift) + x.drift
         rad = rad + (count * self.tiny + (arguments + computed) * self.operand_tiny) * x.cap
-        # false for NaN, which is 0 times infinity here: nothing is known then
+        # a NaN is 0 times infinity here, and compares as false: nothing is known
         known = (x.cap < self.huge / 4) & (rad < np.inf)
         return ball(x.mid, np.where(known, rad, np.inf))
 
@@ -86,7 +85,7 @@ def arithmetic_for(dtype: torch.dtype, *, log_space: bool = False, operand: torc
     log_space : bool
         Whether the coefficients are computed in log space (backend "log").
     operand : torch.dtype or None
-        The format that operands of dots are rounded to, if they are.
+        The format to which operands of dots are rounded; None: they are not.
     """
     computed = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32)
     arithmetic = ErrorModel(computed.eps / 2, computed.tiny, computed.max, log_space=log_space)
@@ -105,11 +104,8 @@ def arithmetic_for(dtype: torch.dtype, *, log_space: bool = False, operand: torc
 def kernel_arithmetic(dtype: torch.dtype, width: int, *, tensor_cores: bool) -> ErrorModel:
     """The arithmetic of the Triton kernels for inputs of `dtype`, float32, float16 or bfloat16, and of head width D.
 
-    They work on blocks of 64 tokens in bfloat16, else of 32, or 16 where D > 64.
-
-    Tensor cores truncate where they accumulate: twice the unit of float32. Operands are rounded as
-    the error model in ``oracle/README.md`` says: float32 is split into two tf32, float16 is raised to tf32, bfloat16 is
-    rounded once when stored between kernels and once more as an operand. Triton's interpreter has no tensor cores.
+    The kernels work on blocks of 64 tokens in bfloat16, else of 32, or 16 where D > 64. Number 4 of the error model in
+    oracle/README.md says how tensor cores accumulate and round operands. Triton's interpreter has no tensor cores.
     """
     block = 64 if dtype == torch.bfloat16 else (32 if width <= 64 else 16)
     if not tensor_cores:

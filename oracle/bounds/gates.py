@@ -61,14 +61,14 @@ def coefficients_radius(theta: Array, a: Array, eta: Array, arithmetic: ErrorMod
 
 
 def gates(inputs: Inputs, row: int, span: slice, arithmetic: ErrorModel) -> Iterator[Ball]:
-    """theta, a and eta of a piece, shape (H, L, 1, 1), with what their logs cost, bound (B8)."""
+    """theta, a and eta of a piece, shape (H, L, 1, 1), with the errors of their logs, bounds (B3) and (B8)."""
     L = span.stop - span.start
     for name in ("theta", "alpha", "eta"):
         x = arithmetic.argument(getattr(inputs, name)[row, span].T[..., None, None])
         if inputs.log_gates:
             gate = np.exp(x.mid)
             log = np.where(gate > 0, x.mid, 0)
-            # exp rounds its argument, for whoever uses the gate; log space has none of it
+            # exp rounds its argument once for all uses of the gate; in log space the drift contains it
             argument = 0 if arithmetic.log_space else EXP_ARGUMENT * arithmetic.unit * np.abs(log)
             yield _gate(gate, np.where(gate > 0, gate * (x.rad + argument), 0), log, L, arithmetic)
         elif name == "alpha":
@@ -78,13 +78,13 @@ def gates(inputs: Inputs, row: int, span: slice, arithmetic: ErrorModel) -> Iter
 
 
 def _gate(gate: Array, rad: Array, log: Array, L: int, arithmetic: ErrorModel) -> Ball:
-    """A gate of a piece of L tokens; in log space with what the roundings of its log do wherever it is used."""
+    """A gate of a piece of L tokens; in log space with a drift, the roundings of its log in every use."""
     drift = 1.01 * log_roundings(L) * arithmetic.unit * np.abs(log) if arithmetic.log_space else 0.0
     return ball(gate, rad, drift)
 
 
 def _log(x: Array) -> Array:
-    """log x, and 0 in place of log 0: an exact zero stays one."""
+    """log x, and 0 in place of log 0: an exact zero stays exact."""
     with np.errstate(divide="ignore"):
         return np.where(x > 0, np.log(x), 0)
 

@@ -56,7 +56,7 @@ class TokenBalls:
         return (self.per_token + 1) * self.length + max(2 * D, min(D * D, 2 * D + 16)) + 10
 
 
-# The most dot operands in one monomial, those that are q or k and those that are computed. In k A:
+# The most operands of dots in one term: q or k, and computed ones. In k A: k, and A;
 RECALL = (1, 1)
 # in a state, an output, or the cotangent of a gate, a state or u: q, k, and u (or dy) and the weight G_tj (q . k);
 OPERANDS = (2, 2)
@@ -75,7 +75,7 @@ class NormBalls:
 
 @dataclass(frozen=True)
 class InnerBalls:
-    """The stations of eq. (2): norm of y, z = x w + b - (v - k), e = z w, c = mean(e x), p = u / r, and u."""
+    """The lines of eq. (2): norm of y, z = x w + b - (v - k), e = z w, c = mean(e x), p = u / r, and u."""
 
     norm: NormBalls
     z: Ball
@@ -103,7 +103,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class PieceGradient:
-    """Cotangents of a piece's tokens, shaped like these (w and b unsummed, (H, L, D)), and of what entered it."""
+    """Cotangents of the tokens of a piece, shaped like these (w and b unsummed, (H, L, D)), and of M, S and anchor."""
 
     q: Ball
     k: Ball
@@ -146,7 +146,7 @@ def norm_vjp(norm: NormBalls, dx: Ball, dr: Ball, arithmetic: ErrorModel) -> Bal
     """Cotangent of y before its last rounding, given those of x = norm(y) and of r beyond x, bound (B6)."""
 
     def rounded(x: Ball, count: int) -> Ball:
-        # terms that cancel in x are rounded further, one by one, where another order adds them later
+        # another order may round the terms of x further before it adds them, and then they cancel
         return arithmetic.rounded(x, count).with_terms_of(x)
 
     D, r = dx.mid.shape[-1], norm.r
@@ -214,7 +214,7 @@ def reverse_piece(piece: Piece, do: Ball, dM: Ball, dS: Ball, arithmetic: ErrorM
     """The adjoint of `run_piece`, bounds (B7).
 
     do, shape (H, L, D), is the cotangent of o; dM and dS, shape (H, D, D), those of the state that leaves the piece.
-    The cotangent of the anchor does not count what reaches it as the memory that enters the piece.
+    The cotangent of the anchor leaves out the part through M, where the anchor is the M that enters the piece.
     """
     tokens, rounded = piece.tokens, arithmetic.rounded
     q, k, w = tokens.q, tokens.k, tokens.w

@@ -7,12 +7,12 @@ import numpy as np
 from oracle.bounds.ball import Array, Ball, ball
 from oracle.bounds.piece import TokenBalls
 
-# Covers the rounding of what is subtracted below, which is done in float64.
+# Covers the rounding of the difference below, in float64.
 FLOAT64_SLACK = 2.0**-40
 
 
 def transition(tokens: TokenBalls) -> tuple[Array, Array]:
-    """How a piece of the plain memory, whose anchor is M, takes M over S to the piece's end; and with absolute values.
+    """Matrix that takes (M, S) through a piece of the plain memory whose anchor is M, and that of absolute values.
 
     Returns
     -------
@@ -34,7 +34,7 @@ def transition(tokens: TokenBalls) -> tuple[Array, Array]:
 
 
 class Errors:
-    """What may be wrong with M and S, as a sum over the pieces in which it arose; the adjoint alike."""
+    """Errors of M and S, or of their cotangents, kept apart by the piece in which they arose."""
 
     def __init__(self, M: Ball, S: Ball) -> None:
         self.rad = np.concatenate([M.rad, S.rad], 1)  # (H, 2D, D)
@@ -42,9 +42,9 @@ class Errors:
         self.paths = np.broadcast_to(np.eye(self.rad.shape[1]), (1, len(self.rad), *(self.rad.shape[1],) * 2))
 
     def carry(self, signed: Array, absolute: Array, M: Ball, S: Ball) -> tuple[Ball, Ball]:
-        """Replace the radii of M and S at the other end of a piece, which were inherited by absolute values.
+        """Replace the radii of M and S at the other end of a piece, where absolute values passed on the earlier errors.
 
-        What is not inherited arose inside the piece; what is goes through the product of all transitions since.
+        The rest of these radii arose inside the piece. An earlier error goes through all transitions since, multiplied.
         """
         rad = np.concatenate([M.rad, S.rad], 1)
         new = rad - absolute @ self.rad + FLOAT64_SLACK * rad
@@ -52,7 +52,7 @@ class Errors:
         identity = np.broadcast_to(np.eye(rad.shape[1]), (1, len(rad), *(rad.shape[1],) * 2))
         self.paths = np.concatenate([signed @ self.paths, identity])
         self.sources = np.concatenate([self.sources, new[None]])
-        # fmin passes NaN over, which is 0 times infinity here
+        # a NaN is 0 times infinity here, and fmin passes it over
         self.rad = np.fmin(rad, (np.abs(self.paths) @ self.sources).sum(0))
         D = M.mid.shape[-1]
         return ball(M.mid, self.rad[:, :D]), ball(S.mid, self.rad[:, D:])

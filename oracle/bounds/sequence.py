@@ -123,7 +123,7 @@ def _run(inputs: Inputs, n: int, arithmetic: ErrorModel) -> _Run:
 
 
 def _spans(inputs: Inputs, n: int) -> Iterator[slice]:
-    """The pieces of a sequence: what is left of the running chunk, then chunks."""
+    """The pieces of a sequence: the rest of the running chunk, then chunks."""
     _, start, end = inputs.sequences[n]
     room = inputs.chunk_size - inputs.offsets[n]
     while start < end:
@@ -140,7 +140,7 @@ def _tokens(inputs: Inputs, row: int, span: slice, arithmetic: ErrorModel) -> To
 
     L = span.stop - span.start
     theta, a, eta = gates(inputs, row, span, arithmetic)
-    # (B3): the rounding of 1 - alpha, a product and a sum; exp is good to 4 units, beyond what its argument costs.
+    # (B3): the rounding of 1 - alpha, a product and a sum; exp is good to 4 units, beside the error of its argument.
     per_token = 3 + 4 * inputs.log_gates + (log_growth(L) if arithmetic.log_space else 0.0)
     return TokenBalls(
         rows(inputs.q), rows(inputs.k), rows(inputs.v), per_head(inputs.w), per_head(inputs.b),

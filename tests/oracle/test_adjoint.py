@@ -27,7 +27,7 @@ STEP_DIGITS = 30
 
 
 def difference(given, inputs, cotangent, name, index, step):
-    """Central difference of <cotangents, results> in one input element, and the size of what is subtracted."""
+    """Central difference of <cotangents, results> in one input element, and the size of the two terms."""
     results = []
     for moved in (step, -step):
         changed = {key: array.copy() if key == name else array for key, array in given.items()}
@@ -60,7 +60,7 @@ def test_gradients_are_the_central_differences_of_the_recurrence(inputs):
                 rounding = size * context.mpf(10) ** -(DIGITS // 2) / step
                 bound = abs(twice - once) + rounding + context.mpf(10) ** -AGREED_DIGITS * abs(once)
                 assert abs(found[index] - once) <= bound, (name, index)
-                # The bound must not be what makes this pass.
+                # A bound that is too wide must not make this pass.
                 assert bound <= 2 * context.mpf(10) ** -AGREED_DIGITS * (abs(once) + size), (name, index)
 
 
@@ -137,7 +137,7 @@ def test_log_gates_have_the_linear_gradients_times_the_gates():
 
 
 def test_an_anchor_that_was_not_passed_counts_as_the_memory():
-    """dM is then the sum of what M and an anchor equal to it would have had; the values are the same."""
+    """dM is then the sum of the gradients of M and of an anchor equal to M; the values are the same."""
     shared = PROBLEMS["anchor is M"]
     apart = replace(shared, anchor=shared.M)
     output, together = oracle.gradient(shared, cotangents(shared))

@@ -1,4 +1,4 @@
-"""The bounds hold for evaluations in different orders, are not vacuous, and are exceeded by wrong ones."""
+"""The bounds hold for evaluations in different orders, are not vacuous, and wrong evaluations exceed them."""
 
 import math
 from collections.abc import Callable

@@ -146,7 +146,7 @@ def test_any_dtype_gives_the_values_of_the_same_numbers_in_float64(dtype):
 
 @pytest.mark.parametrize("D", [1, 2, 3, 7])
 def test_constant_rows_settle(D):
-    """y is constant, var y = 0, and what cancels does not cancel in binary digits: thirds, sevenths, 0.1."""
+    """y is constant and var y = 0, but thirds, sevenths and 0.1 do not cancel in binary digits."""
     inputs = problem(30, D=D, state="")
     constant = torch.full_like(inputs.v, 0.1)
     M = torch.full((1, 1, D, D), 0.7, dtype=torch.float64)

@@ -111,7 +111,7 @@ def test_an_engine_takes_its_own_results_in_again(engine, x):
         assert rational(numbers.result(numbers.number(third))) == rational(third)
 
 
-# What 120 digits leave of terms of about 1 that cancel, with the guard that the rule has.
+# The noise of 120 digits where terms of about 1 cancel, with the guard of the rule.
 NOISE = context.mpf(10) ** (precision.NOISE_GUARD_DIGITS - 120)
 
 
