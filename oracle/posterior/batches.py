@@ -1,0 +1,120 @@
+"""A call whose sequences lie within one chunk each, as batches of pieces: (B16)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from oracle.ball import Arithmetic
+from oracle.gradient import Cotangents
+from oracle.posterior.piece import Arguments, Piece
+from oracle.recurrence import Inputs, check
+
+GATES = ("dtheta", "dalpha", "deta")
+TOKENS = ("o", "dq", "dk", "dv", *GATES)
+STATES = ("M", "S", "anchor", "dM", "dS", "danchor")
+PARAMETERS = ("dw", "db")
+
+# Numbers in the largest tensor of a batch.
+BATCH = 2**22
+
+
+@dataclass(frozen=True)
+class Batch:
+    """n sequences of L tokens each, in all heads: problem i H + h of `piece` is head h of the ith of them.
+
+    Attributes
+    ----------
+    numbers : Tensor, shape (n,)
+        Which sequences.
+    rows, tokens : Tensor, shape (n, 1) and (n, L)
+        Where their tokens are.
+    piece : Piece
+    """
+
+    numbers: Tensor
+    rows: Tensor
+    tokens: Tensor
+    piece: Piece
+
+    def gather(self, name: str, x: Tensor) -> Tensor:
+        """From the layout of the call to that of the piece, (n H, ...)."""
+        return _gather(name, x, self.numbers, self.rows, self.tokens)
+
+    def scatter(self, name: str, x: Tensor, into: Tensor) -> None:
+        """From the layout of the piece to that of the call; parameters are sums over the sequences."""
+        heads = x.reshape(len(self.numbers), -1, *x.shape[1:])
+        if name in TOKENS:
+            into[self.rows, self.tokens] = heads.transpose(1, 2)
+        elif name in STATES:
+            into[self.numbers] = heads
+        else:
+            into += heads.sum(0)
+
+
+def _gather(name: str, x: Tensor, numbers: Tensor, rows: Tensor, tokens: Tensor) -> Tensor:
+    x = x.detach().double()
+    if name in TOKENS:
+        return x[rows, tokens].transpose(1, 2).flatten(0, 1)
+    if name in STATES:
+        return x[numbers].flatten(0, 1)
+    return x.repeat(len(numbers), 1)
+
+
+def batches(inputs: Inputs, cotangents: Cotangents, arithmetic: Arithmetic) -> Iterator[Batch]:
+    """All sequences of a call, grouped by their length and by whether they complete their chunk.
+
+    Raises
+    ------
+    ValueError
+        If a sequence has no token, or tokens of two chunks, or an argument is in a wider format than the arithmetic.
+    """
+    check(inputs)
+    groups: dict[tuple[int, bool], list[int]] = {}
+    for n, ((_, start, end), offset) in enumerate(zip(inputs.sequences, inputs.offsets, strict=True)):
+        length = end - start
+        if not 1 <= length <= inputs.chunk_size - offset:
+            raise ValueError(f"sequence {n} must have 1 to {inputs.chunk_size - offset} tokens, got {length}")
+        groups.setdefault((length, offset + length == inputs.chunk_size), []).append(n)
+    H, D = inputs.q.shape[2:]
+    for (length, completes), numbers in groups.items():
+        at_once = max(1, BATCH // (H * max(length, D) * max(length + 2, D) * D))
+        for i in range(0, len(numbers), at_once):
+            yield _batch(inputs, cotangents, arithmetic, numbers[i : i + at_once], length, completes)
+
+
+def _batch(
+    inputs: Inputs, cotangents: Cotangents, arithmetic: Arithmetic, numbers: list[int], length: int, completes: bool
+) -> Batch:
+    device = inputs.q.device
+    starts = torch.tensor([inputs.sequences[n][:2] for n in numbers], device=device)
+    where = torch.tensor(numbers, device=device), starts[:, :1], starts[:, 1:] + torch.arange(length, device=device)
+    N, (H, D) = len(inputs.sequences), inputs.q.shape[2:]
+    zeros = torch.zeros(N, H, D, D, dtype=torch.float64, device=device)
+
+    def given(name: str, x: Tensor | None) -> Tensor:
+        if x is not None and torch.finfo(x.dtype).tiny < arithmetic.tiny:
+            raise ValueError(f"arguments must be exact in the arithmetic, got {x.dtype}")
+        return _gather(name, zeros if x is None else x, *where)
+
+    tokens = {name: given("o", getattr(inputs, name)) for name in ("q", "k", "v", "theta", "alpha", "eta")}
+    states = {name: given("M", getattr(inputs, name)) for name in ("M", "S")}
+    arguments = Arguments(
+        **tokens,
+        **states,
+        w=None if inputs.w is None else given("dw", inputs.w)[:, None],
+        b=None if inputs.b is None else given("dw", inputs.b)[:, None],
+        anchor=given("M", inputs.M if inputs.anchor is None else inputs.anchor),
+        do=given("o", cotangents.o),
+        dM=given("M", cotangents.M),
+        dS=given("M", cotangents.S),
+        danchor=given("M", cotangents.anchor),
+        eps=inputs.eps,
+        log_gates=inputs.log_gates,
+        completes=completes,
+        shared=inputs.anchor is None,
+    )
+    return Batch(*where, Piece(arguments, arithmetic))

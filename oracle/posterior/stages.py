@@ -1,0 +1,95 @@
+"""norm and eq. (2), forward and backward, segment by segment: (B5) and (B6) on a tape."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from oracle.ball import FLOAT64
+from oracle.posterior.polynomial import Polynomial, leaf
+from oracle.posterior.tape import OWN, Tape, charge
+
+# 1 / sqrt: half of the roundings of eps and of its sum, a square root and a division, or an rsqrt (B4).
+RSQRT = 6
+
+
+@dataclass(frozen=True)
+class Norm:
+    """norm(y) = x: the centred y, r = 1 / sqrt(var y + eps), and x."""
+
+    centred: Polynomial
+    r: Polynomial
+    x: Polynomial
+
+
+@dataclass(frozen=True)
+class Inner:
+    """The stations of eq. (2): norm of y, z = x w + b - (v - k), e = z w, c = mean(e x), p = u / r, and u."""
+
+    norm: Norm
+    z: Polynomial
+    e: Polynomial
+    c: Polynomial
+    p: Polynomial
+    u: Polynomial
+
+
+def centre(x: Polynomial, tape: Tape) -> Polynomial:
+    """Segment that ends in a centring and two more sums; where D = 1 it is 0 in every algorithm: x - x / 1 is."""
+    D = x.value.shape[-1]
+    return tape.local(x, D + 4) if D > 1 else tape.enter(x.value, torch.zeros_like(x.size))
+
+
+def norm(y: Polynomial, eps: float, tape: Tape) -> Norm:
+    """norm(y), bound (B5)."""
+    D = y.value.shape[-1]
+    centred = centre(y.centred(), tape)
+    r = rsqrt(tape.local((centred * centred).mean(), D + 2), eps, tape)
+    return Norm(centred, r, tape.local(centred * r, 1))
+
+
+def rsqrt(variance: Polynomial, eps: float, tape: Tape) -> Polynomial:
+    """1 / sqrt(variance + eps), bound (B14): how far the curve may be from its tangent, and six roundings."""
+    radius, here = variance.first, variance.size + eps
+    down = torch.minimum(radius, variance.size)
+    near, far = (here - down).sqrt(), here.sqrt()
+    below = down**2 * (1 + far / (far + near)) / (2 * here * far * near * (near + far))
+    above = torch.minimum(0.375 * radius**2 / here, radius / 2) / (here * far)
+    r = (variance.value + eps).rsqrt()
+    own = leaf(r)
+    largest = replace(own, size=1 / near, cap=(1 / near).clamp(min=1))
+    roundings = charge(largest, RSQRT, (0, 0), tape.arithmetic) + charge(own, OWN * RSQRT, (0, 0), FLOAT64)
+    return tape.enter(r, torch.maximum(below, above) + roundings + tape.reverse_unit * radius / (2 * here * far))
+
+
+def norm_vjp(given: Norm, dx: Polynomial, dr: Polynomial | None, tape: Tape) -> Polynomial:
+    """Cotangent of y before its last rounding, given those of x = norm(y) and of r beyond x, bound (B6)."""
+    D = dx.value.shape[-1]
+    total = (dx * given.centred).sum()
+    total = tape.local(total if dr is None else total + dr, D + 2)
+    slope = tape.local(total * (given.r * given.r * given.r), 6)
+    return tape.local(dx * given.r - (given.centred * slope).times(1 / D), 5).centred()
+
+
+def inner(y: Polynomial, v_less_k: Polynomial, w: Polynomial, b: Polynomial, eps: float, tape: Tape) -> Inner:
+    """Eq. (2) at y = k A for the normalised memory, bound (B5)."""
+    D = y.value.shape[-1]
+    normed = norm(y, eps, tape)
+    z = tape.local(normed.x * w + b - v_less_k, 4)
+    e = tape.local(z * w, 1)
+    c = tape.local((e * normed.x).mean(), D + 2)
+    p = centre(e.centred() - normed.x * c, tape)
+    return Inner(normed, z, e, c, p, tape.local(normed.r * p, 1))
+
+
+def inner_vjp(given: Inner, w: Polynomial, du: Polynomial, tape: Tape) -> tuple[Polynomial, Polynomial, Polynomial]:
+    """Cotangents of y and of z, and that of w unsummed, by the reverse of `inner`, bound (B6)."""
+    D, x = du.value.shape[-1], given.norm.x
+    dp = tape.local(du * given.norm.r, 1)
+    dc = -tape.local((dp * x).mean(), D + 2)
+    de = centre(dp.centred() + dc * x, tape)
+    dz = tape.local(de * w, 1)
+    dx = tape.local(dc * given.e - dp * given.c + dz * w, 4)
+    dy = centre(norm_vjp(given.norm, dx, (du * given.p).sum(), tape), tape)
+    return dy, dz, de * given.z + dz * x

@@ -1,0 +1,131 @@
+"""The errors of a computation as variables, and the radius of a result by their exact adjoints: (B12) to (B15)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from oracle.ball import FLOAT64, Arithmetic
+from oracle.posterior.polynomial import Polynomial, leaf
+
+# The float64 evaluation here pays for twice the roundings that the written counts grant to any algorithm.
+OWN = 2.0
+NONE = (0, 0)
+
+
+@dataclass(frozen=True)
+class Error:
+    """The error of one segment.
+
+    Attributes
+    ----------
+    at : Tensor
+        The segment's value, where the error enters.
+    size : Tensor
+        Bound of the error that arises here.
+    source : Tensor or None
+        Of a cut: the tensor whose value `at` repeats; its errors reach `at` from there.
+    radius : Tensor
+        Of a cut: bound of all that may be wrong there; else `size`.
+    """
+
+    at: Tensor
+    size: Tensor
+    radius: Tensor
+    source: Tensor | None = None
+
+
+class Tape:
+    """Segments in the order in which they are computed; shapes (N, L, D) or (N, L, 1) for those that are local."""
+
+    def __init__(self, arithmetic: Arithmetic, reverse_roundings: float) -> None:
+        self.arithmetic, self.errors = arithmetic, list[Error]()
+        self.reverse_unit = reverse_roundings * FLOAT64.unit
+
+    def size(self, x: Polynomial, count: float | Tensor, operands: tuple[int, int] = NONE) -> Tensor:
+        """Injected error of a segment: its roundings, here and there, and all that is not linear, (B12) and (B13)."""
+        roundings = charge(x, count, operands, self.arithmetic) + charge(x, OWN * count, NONE, FLOAT64)
+        return roundings + x.drift + x.rest + self.reverse_unit * x.first
+
+    def local(self, x: Polynomial, count: float | Tensor, operands: tuple[int, int] = NONE) -> Polynomial:
+        """A segment whose rows depend on no other token's rows, except through cuts."""
+        return self.enter(x.value, self.size(x, count, operands))
+
+    def enter(self, value: Tensor, size: Tensor) -> Polynomial:
+        """Add a local segment of a given injected error."""
+        value = value if value.requires_grad else value.detach().requires_grad_()
+        radius = size + self.pulled(value)
+        self.errors.append(Error(value, size, size))
+        return leaf(value, radius)
+
+    def mixed(self, x: Polynomial, count: float | Tensor, operands: tuple[int, int] = NONE) -> Polynomial:
+        """A segment that mixes tokens: known by its radius alone in what follows, (B14)."""
+        size = self.size(x, count, operands)
+        return self._cut(x.value, size, size + x.first)
+
+    def cut(self, x: Polynomial) -> Polynomial:
+        """The same quantity, known by its radius alone in what follows."""
+        return self._cut(x.value, torch.zeros_like(x.first), x.first)
+
+    def _cut(self, source: Tensor, size: Tensor, radius: Tensor) -> Polynomial:
+        at = source.detach().requires_grad_()
+        self.errors.append(Error(at, size, radius, source))
+        return leaf(at, radius)
+
+    def pulled(self, value: Tensor) -> Tensor:
+        """Bound on what all errors so far do to a local value, to first order; cuts by their radius."""
+        total = torch.zeros_like(value.detach())
+        if not self.errors:
+            return total
+        D = value.shape[-1]
+        seeds = torch.eye(D, dtype=value.dtype, device=value.device)[:, None, None, :].expand(D, *value.shape)
+        for adjoint, error in zip(self._vjp(value, seeds), self.errors, strict=True):
+            if adjoint is not None:
+                total += (adjoint.abs() * error.radius).sum(-1).movedim(0, -1)  # (D, N, L) to (N, L, D)
+        return total
+
+    def chained(self, value: Tensor, seeds: Tensor) -> Tensor:
+        """Bound on what all errors do to functionals of a value, shape (F, N), through all cuts.
+
+        `seeds`, shape (F, *value.shape), are the functionals, each for every one of the N problems.
+        """
+        adjoints: list[Tensor | None] = [None] * len(self.errors)
+        pending: list[tuple[Tensor, Tensor]] = [(value, seeds)]
+        for i in range(len(self.errors), -1, -1):
+            if i < len(self.errors):
+                error, adjoint = self.errors[i], adjoints[i]
+                if error.source is None or adjoint is None:
+                    continue
+                pending = [(error.source, adjoint)]
+            for source, seed in pending:
+                for j, x in enumerate(self._vjp(source, seed)):
+                    if x is not None:
+                        earlier = adjoints[j]
+                        adjoints[j] = x if earlier is None else earlier + x
+        total = torch.zeros(seeds.shape[:2], dtype=seeds.dtype, device=seeds.device)
+        for adjoint, error in zip(adjoints, self.errors, strict=True):
+            if adjoint is not None:
+                total += (adjoint.abs() * error.size).flatten(2).sum(-1)
+        return total
+
+    def _vjp(self, value: Tensor, seeds: Tensor) -> list[Tensor | None]:
+        if not value.requires_grad or not self.errors:
+            return [None] * len(self.errors)
+        return list(
+            torch.autograd.grad(
+                value, [error.at for error in self.errors], seeds,
+                retain_graph=True, allow_unused=True, is_grads_batched=True,
+            )
+        )  # fmt: skip
+
+
+def charge(x: Polynomial, count: float | Tensor, operands: tuple[int, int], arithmetic: Arithmetic) -> Tensor:
+    """(B1): what the roundings of any algorithm can do to a polynomial, but for the drift of its gates."""
+    given, computed = operands
+    narrowed = given * arithmetic.given_operand + computed * arithmetic.operand
+    n = torch.as_tensor(count, dtype=x.size.dtype, device=x.size.device)
+    size = torch.expm1(1.01 * (n * arithmetic.unit + narrowed)) * (x.grown + x.drift)
+    size = size + (n * arithmetic.tiny + (given + computed) * arithmetic.operand_tiny) * x.cap
+    return torch.where(x.cap < arithmetic.huge / 4, size, torch.inf)
