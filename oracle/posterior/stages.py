@@ -6,9 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from oracle.ball import FLOAT64
 from oracle.posterior.polynomial import Polynomial, leaf
-from oracle.posterior.tape import OWN, Tape, charge
+from oracle.posterior.tape import Tape
 
 # 1 / sqrt: half of the roundings of eps and of its sum, a square root and a division, or an rsqrt (B4).
 RSQRT = 6
@@ -57,10 +56,9 @@ def rsqrt(variance: Polynomial, eps: float, tape: Tape) -> Polynomial:
     below = down**2 * (1 + far / (far + near)) / (2 * here * far * near * (near + far))
     above = torch.minimum(0.375 * radius**2 / here, radius / 2) / (here * far)
     r = (variance.value + eps).rsqrt()
-    own = leaf(r)
-    largest = replace(own, size=1 / near, cap=(1 / near).clamp(min=1))
-    roundings = charge(largest, RSQRT, (0, 0), tape.arithmetic) + charge(own, OWN * RSQRT, (0, 0), FLOAT64)
-    return tape.enter(r, torch.maximum(below, above) + roundings + tape.reverse_unit * radius / (2 * here * far))
+    largest = replace(leaf(r), size=1 / near, cap=(1 / near).clamp(min=1))
+    size = tape.roundings(largest, RSQRT) + torch.maximum(below, above)
+    return tape.enter(r, size + tape.reverse_unit * radius / (2 * here * far))
 
 
 def norm_vjp(given: Norm, dx: Polynomial, dr: Polynomial | None, tape: Tape) -> Polynomial:

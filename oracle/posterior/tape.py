@@ -46,8 +46,11 @@ class Tape:
 
     def size(self, x: Polynomial, count: float | Tensor, operands: tuple[int, int] = NONE) -> Tensor:
         """Injected error of a segment: its roundings, here and there, and all that is not linear, (B12) and (B13)."""
-        roundings = charge(x, count, operands, self.arithmetic) + charge(x, OWN * count, NONE, FLOAT64)
-        return roundings + x.drift + x.rest + self.reverse_unit * x.first
+        return self.roundings(x, count, operands) + x.drift + x.rest + self.reverse_unit * x.first
+
+    def roundings(self, x: Polynomial, count: float | Tensor, operands: tuple[int, int] = NONE) -> Tensor:
+        """Those of the implementation and those of the float64 values, (B12)."""
+        return charge(x, count, operands, self.arithmetic) + charge(x, OWN * count, NONE, FLOAT64)
 
     def local(self, x: Polynomial, count: float | Tensor, operands: tuple[int, int] = NONE) -> Polynomial:
         """A segment whose rows depend on no other token's rows, except through cuts."""
@@ -86,29 +89,33 @@ class Tape:
                 total += (adjoint.abs() * error.radius).sum(-1).movedim(0, -1)  # (D, N, L) to (N, L, D)
         return total
 
-    def chained(self, value: Tensor, seeds: Tensor) -> Tensor:
-        """Bound on what all errors do to functionals of a value, shape (F, N), through all cuts.
+    def chained(self, value: Tensor, functionals: Tensor) -> Tensor:
+        """Bound on what all errors do to functionals of a value, through all cuts.
 
-        `seeds`, shape (F, *value.shape), are the functionals, each for every one of the N problems.
+        Parameters
+        ----------
+        value : Tensor, shape (N, ...)
+        functionals : Tensor, shape (F, N, ...)
+            Each is one functional for every one of the N problems.
+
+        Returns
+        -------
+        Tensor, shape (F, N)
         """
-        adjoints: list[Tensor | None] = [None] * len(self.errors)
-        pending: list[tuple[Tensor, Tensor]] = [(value, seeds)]
-        for i in range(len(self.errors), -1, -1):
-            if i < len(self.errors):
-                error, adjoint = self.errors[i], adjoints[i]
-                if error.source is None or adjoint is None:
-                    continue
-                pending = [(error.source, adjoint)]
-            for source, seed in pending:
-                for j, x in enumerate(self._vjp(source, seed)):
-                    if x is not None:
-                        earlier = adjoints[j]
-                        adjoints[j] = x if earlier is None else earlier + x
-        total = torch.zeros(seeds.shape[:2], dtype=seeds.dtype, device=seeds.device)
-        for adjoint, error in zip(adjoints, self.errors, strict=True):
+        total = torch.zeros(functionals.shape[:2], dtype=functionals.dtype, device=functionals.device)
+        for adjoint, error in zip(self.adjoints(value, functionals), self.errors, strict=True):
             if adjoint is not None:
                 total += (adjoint.abs() * error.size).flatten(2).sum(-1)
         return total
+
+    def adjoints(self, value: Tensor, functionals: Tensor) -> list[Tensor | None]:
+        """The adjoint at every error, (F, N, ...); the one that reaches a cut goes on to what was cut."""
+        found = self._vjp(value, functionals)
+        for i in reversed(range(len(self.errors))):
+            source, adjoint = self.errors[i].source, found[i]
+            if source is not None and adjoint is not None:
+                found = [_sum(x, y) for x, y in zip(found, self._vjp(source, adjoint), strict=True)]
+        return found
 
     def _vjp(self, value: Tensor, seeds: Tensor) -> list[Tensor | None]:
         if not value.requires_grad or not self.errors:
@@ -119,6 +126,10 @@ class Tape:
                 retain_graph=True, allow_unused=True, is_grads_batched=True,
             )
         )  # fmt: skip
+
+
+def _sum(x: Tensor | None, y: Tensor | None) -> Tensor | None:
+    return y if x is None else x if y is None else x + y
 
 
 def charge(x: Polynomial, count: float | Tensor, operands: tuple[int, int], arithmetic: Arithmetic) -> Tensor:
