@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 import oracle
-from oracle.ball import FLOAT32, FLOAT64, Arithmetic, arithmetic_for
 from oracle.bounds import gradient_radius
-from oracle.posterior import EXACT, Enclosure, Verdict, enclose, judge
-from oracle.posterior import piece as pieces
-from oracle.posterior.batches import batches
-from oracle.posterior.enclosure import SLACK
-from oracle.posterior.polynomial import Polynomial, leaf
-from oracle.posterior.stages import rsqrt
-from oracle.posterior.tape import Tape, charge
+from oracle.bounds.error_model import FLOAT32, FLOAT64, ErrorModel, arithmetic_for
+from oracle.bounds.posterior import EXACT, Enclosure, Verdict, enclose, judge
+from oracle.bounds.posterior import piece as pieces
+from oracle.bounds.posterior.batches import batches
+from oracle.bounds.posterior.enclosure import SLACK
+from oracle.bounds.posterior.polynomial import Polynomial, leaf
+from oracle.bounds.posterior.stages import rsqrt
+from oracle.bounds.posterior.tape import Tape, charge
 from tests.oracle.test_bounds import SPECIAL, gradients, linear_coefficients, problem, ratio
 from titans import TitansState, chunk_titans_linear
 
@@ -166,12 +166,12 @@ def test_radius_of_a_real_chunk_is_far_tighter_than_the_balls() -> None:
 def test_counts_are_those_of_the_written_model(kind: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
     inputs, cotangents = chunk(3, 4, **kind)
     written, charged = Counter[Any](), Counter[Any]()
-    rounded, roundings = Arithmetic.rounded, Tape.roundings
+    rounded, roundings = ErrorModel.rounded, Tape.roundings
 
     def key(count: Any, operands: tuple[int, int]) -> tuple[float, tuple[int, int]]:
         return float(np.max(np.asarray(count))), operands
 
-    def count_balls(self: Arithmetic, x: Any, count: Any, operands: Any = (0, 0)) -> Any:
+    def count_balls(self: ErrorModel, x: Any, count: Any, operands: Any = (0, 0)) -> Any:
         written[key(count, operands)] += 1
         return rounded(self, x, count, operands)
 
@@ -179,7 +179,7 @@ def test_counts_are_those_of_the_written_model(kind: dict[str, bool], monkeypatc
         charged[key(count, operands)] += 1
         return roundings(self, x, count, operands)
 
-    monkeypatch.setattr(Arithmetic, "rounded", count_balls)
+    monkeypatch.setattr(ErrorModel, "rounded", count_balls)
     monkeypatch.setattr(Tape, "roundings", count_segments)
     gradient_radius(inputs, cotangents, FLOAT32)
     enclose(inputs, cotangents, FLOAT32, sharp=False)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from oracle.ball import Arithmetic
-from oracle.gate_bounds import log_growth, log_roundings
-from oracle.posterior.polynomial import Polynomial, leaf, stack
+from oracle.bounds.error_model import ErrorModel
+from oracle.bounds.gates import EXP_ARGUMENT, log_growth, log_roundings
+from oracle.bounds.posterior.polynomial import Polynomial, leaf, stack
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Coefficients:
     n: Polynomial
 
 
-def gates(theta: Tensor, alpha: Tensor, eta: Tensor, log_gates: bool, arithmetic: Arithmetic) -> Gates:
+def gates(theta: Tensor, alpha: Tensor, eta: Tensor, log_gates: bool, arithmetic: ErrorModel) -> Gates:
     """Gates as the polynomials know them; theta, alpha, eta, shape (N, L), are logs with `log_gates`."""
     L = theta.shape[-1]
 
@@ -38,8 +38,8 @@ def gates(theta: Tensor, alpha: Tensor, eta: Tensor, log_gates: bool, arithmetic
         argument = arithmetic.unit * torch.where(value > 0, log, 0).abs()
         if arithmetic.log_space:
             return leaf(value, drift=value * torch.expm1(1.01 * log_roundings(L) * argument))
-        # exp rounds its argument once
-        return leaf(value, drift=value * torch.expm1(1.01 * argument) if log_gates else None)
+        # exp rounds its argument
+        return leaf(value, drift=value * torch.expm1(1.01 * EXP_ARGUMENT * argument) if log_gates else None)
 
     per_token = 3 + 4 * log_gates + (log_growth(L) if arithmetic.log_space else 0.0)
     if log_gates:

@@ -8,16 +8,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from oracle.ball import FLOAT64, Arithmetic
-from oracle.gradient import Cotangents
-from oracle.posterior.batches import GATES, PARAMETERS, STATES, TOKENS, Batch, batches
-from oracle.posterior.piece import Piece
-from oracle.posterior.polynomial import leaf
-from oracle.posterior.tape import OWN, charge
-from oracle.recurrence import Inputs
+from oracle.bounds.error_model import FLOAT64, ErrorModel
+from oracle.bounds.posterior.batches import GATES, PARAMETERS, STATES, TOKENS, Batch, batches
+from oracle.bounds.posterior.piece import Piece
+from oracle.bounds.posterior.polynomial import leaf
+from oracle.bounds.posterior.tape import OWN, charge
+from oracle.inputs import Cotangents, Inputs
 
 # No rounding at all: with this arithmetic the radius encloses the exact result.
-EXACT = Arithmetic(0.0, 0.0, float("inf"))
+EXACT = ErrorModel(0.0, 0.0, float("inf"))
 
 # Covers sums of non-negative numbers in float64, (B13).
 SLACK = 1 + 2.0**-20
@@ -40,7 +39,7 @@ class Enclosure:
     radius: dict[str, Tensor]
 
 
-def enclose(inputs: Inputs, cotangents: Cotangents, arithmetic: Arithmetic, *, sharp: bool = True) -> Enclosure:
+def enclose(inputs: Inputs, cotangents: Cotangents, arithmetic: ErrorModel, *, sharp: bool = True) -> Enclosure:
     """Radii of all results for any correct implementation in an arithmetic, bounds (B12) to (B17).
 
     Parameters
@@ -48,7 +47,7 @@ def enclose(inputs: Inputs, cotangents: Cotangents, arithmetic: Arithmetic, *, s
     inputs : Inputs
         Every sequence has at least one token and lies within one chunk.
     cotangents : Cotangents
-    arithmetic : Arithmetic
+    arithmetic : ErrorModel
         That of the implementation, or `EXACT`.
     sharp : bool
         False: only the coarse radii, (B15), which cost little.
@@ -62,7 +61,7 @@ def enclose(inputs: Inputs, cotangents: Cotangents, arithmetic: Arithmetic, *, s
 class Builder:
     """An enclosure, filled batch by batch."""
 
-    def __init__(self, inputs: Inputs, arithmetic: Arithmetic) -> None:
+    def __init__(self, inputs: Inputs, arithmetic: ErrorModel) -> None:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=inputs.q.device)
 
@@ -120,7 +119,7 @@ def units(index: Tensor, shape: torch.Size) -> Tensor:
     return seeds.scatter_(2, index[..., None], 1).view(*index.shape, *shape[1:])
 
 
-def stored(name: str, value: Tensor, radius: Tensor, inputs: Inputs, arithmetic: Arithmetic) -> Tensor:
+def stored(name: str, value: Tensor, radius: Tensor, inputs: Inputs, arithmetic: ErrorModel) -> Tensor:
     """What storing a result in the dtype it is returned in adds to its radius, bound (B9)."""
     like = inputs.q if name == "o" else getattr(inputs, name[1:]) if name.startswith("d") else None
     if like is None or arithmetic == EXACT or torch.finfo(like.dtype).eps / 2 <= arithmetic.unit:

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from oracle.ball import Arithmetic
-from oracle.gradient import Cotangents
-from oracle.posterior.batches import GATES, PARAMETERS, Batch, batches
-from oracle.posterior.enclosure import COARSE_IS_SHARP, PASS, Builder, stored, units, usable
-from oracle.recurrence import Inputs
+from oracle.bounds.error_model import ErrorModel
+from oracle.bounds.posterior.batches import GATES, PARAMETERS, Batch, batches
+from oracle.bounds.posterior.enclosure import COARSE_IS_SHARP, PASS, Builder, stored, units, usable
+from oracle.inputs import Cotangents, Inputs
 
 # Results of which every element has its sharp radius: there are few.
 FEW = PARAMETERS + GATES
@@ -53,7 +52,7 @@ class Verdict:
 def judge(
     inputs: Inputs,
     cotangents: Cotangents,
-    arithmetic: Arithmetic,
+    arithmetic: ErrorModel,
     results: Mapping[str, Tensor],
     *,
     samples: int = 32,
@@ -66,7 +65,7 @@ def judge(
     inputs : Inputs
         Every sequence has at least one token and lies within one chunk.
     cotangents : Cotangents
-    arithmetic : Arithmetic
+    arithmetic : ErrorModel
         In which the implementation computes.
     results : mapping of str to Tensor
         By the names of `Verdict`, shaped like the results of the call; results that are missing are not judged.

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from oracle.ball import Arithmetic
-from oracle.piece_bounds import OPERANDS, OPERANDS_OF_ROWS, RECALL
-from oracle.posterior.coefficients import coefficients, gates, gates_vjp
-from oracle.posterior.polynomial import Polynomial, concatenate, leaf
-from oracle.posterior.stages import inner, inner_vjp, norm, norm_vjp
-from oracle.posterior.tape import Tape
+from oracle.bounds.error_model import ErrorModel
+from oracle.bounds.piece import OPERANDS, OPERANDS_OF_ROWS, RECALL
+from oracle.bounds.posterior.coefficients import coefficients, gates, gates_vjp
+from oracle.bounds.posterior.polynomial import Polynomial, concatenate, leaf
+from oracle.bounds.posterior.stages import inner, inner_vjp, norm, norm_vjp
+from oracle.bounds.posterior.tape import Tape
+from oracle.bounds.sequence import LOG_GATE_ROUNDINGS
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Result:
 class Piece:
     """All segments of N pieces; `results` has o, M, S, anchor and dq ... danchor by name."""
 
-    def __init__(self, given: Arguments, arithmetic: Arithmetic) -> None:
+    def __init__(self, given: Arguments, arithmetic: ErrorModel) -> None:
         self.given, self.L, self.D = given, given.q.shape[1], given.q.shape[2]
         # (B13): no monomial of the reverse pass meets more
         self.tape = Tape(arithmetic, 8 * (self.L + self.D) + 100)
@@ -210,7 +211,7 @@ class Piece:
         factors = self.gates.theta, self.gates.a, self.gates.eta
         for name, dgate, gate in zip(("dtheta", "dalpha", "deta"), dgates, factors, strict=True):
             if self.given.log_gates:
-                self._mixed(name, self.tape.mixed(dgate, self.gate_roundings, OPERANDS) * gate, 3)
+                self._mixed(name, self.tape.mixed(dgate, self.gate_roundings, OPERANDS) * gate, LOG_GATE_ROUNDINGS)
             else:
                 self._mixed(name, -dgate if name == "dalpha" else dgate, self.gate_roundings, OPERANDS)
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from oracle.posterior.polynomial import Polynomial, leaf
-from oracle.posterior.tape import Tape
+from oracle.bounds.posterior.polynomial import Polynomial, leaf
+from oracle.bounds.posterior.tape import Tape
 
 # 1 / sqrt: half of the roundings of eps and of its sum, a square root and a division, or an rsqrt (B4).
 RSQRT = 6
@@ -63,11 +63,13 @@ def rsqrt(variance: Polynomial, eps: float, tape: Tape) -> Polynomial:
 
 def norm_vjp(given: Norm, dx: Polynomial, dr: Polynomial | None, tape: Tape) -> Polynomial:
     """Cotangent of y before its last rounding, given those of x = norm(y) and of r beyond x, bound (B6)."""
-    D = dx.value.shape[-1]
+    D, r = dx.value.shape[-1], given.r
     total = (dx * given.centred).sum()
-    total = tape.local(total if dr is None else total + dr, D + 2)
-    slope = tape.local(total * (given.r * given.r * given.r), 6)
-    return tape.local(dx * given.r - (given.centred * slope).times(1 / D), 5).centred()
+    total = tape.with_terms(total if dr is None else total + dr, D + 2)
+    slope = tape.with_terms(total * (r * r * r), 6)
+    through_x = tape.with_terms(dx * r, 5)
+    through_r = tape.with_terms((given.centred * slope).times(1 / D), 5)
+    return through_x.centred() - tape.centred_or_not(through_r)
 
 
 def inner(y: Polynomial, v_less_k: Polynomial, w: Polynomial, b: Polynomial, eps: float, tape: Tape) -> Inner:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from oracle.ball import FLOAT64, Arithmetic
-from oracle.posterior.polynomial import Polynomial, leaf
+from oracle.bounds.error_model import FLOAT64, ErrorModel
+from oracle.bounds.posterior.polynomial import Polynomial, leaf
 
 # The float64 evaluation here pays for twice the roundings that the written counts grant to any algorithm.
 OWN = 2.0
@@ -40,7 +40,7 @@ class Error:
 class Tape:
     """Segments in the order in which they are computed; shapes (N, L, D) or (N, L, 1) for those that are local."""
 
-    def __init__(self, arithmetic: Arithmetic, reverse_roundings: float) -> None:
+    def __init__(self, arithmetic: ErrorModel, reverse_roundings: float) -> None:
         self.arithmetic, self.errors = arithmetic, list[Error]()
         self.reverse_unit = reverse_roundings * FLOAT64.unit
 
@@ -55,6 +55,18 @@ class Tape:
     def local(self, x: Polynomial, count: float | Tensor, operands: tuple[int, int] = NONE) -> Polynomial:
         """A segment whose rows depend on no other token's rows, except through cuts."""
         return self.enter(x.value, self.size(x, count, operands))
+
+    def with_terms(self, x: Polynomial, count: float) -> Polynomial:
+        """A local segment on whose terms later relative errors act, too, since these may cancel later: (B6)."""
+        result = self.local(x, count)
+        return replace(result, size=torch.maximum(result.size, x.grown), drift=torch.maximum(result.drift, x.drift))
+
+    def centred_or_not(self, x: Polynomial) -> Polynomial:
+        """x - mean x, where the mean is 0 in exact arithmetic, so that an implementation may leave it out: (B6)."""
+        mean = x.mean()
+        left_out = mean.value.detach().abs() + self.pulled(mean.value) + mean.rest + self.reverse_unit * mean.first
+        centred = x.centred()
+        return replace(centred, rest=centred.rest + left_out)
 
     def enter(self, value: Tensor, size: Tensor) -> Polynomial:
         """Add a local segment of a given injected error."""
@@ -132,10 +144,10 @@ def _sum(x: Tensor | None, y: Tensor | None) -> Tensor | None:
     return y if x is None else x if y is None else x + y
 
 
-def charge(x: Polynomial, count: float | Tensor, operands: tuple[int, int], arithmetic: Arithmetic) -> Tensor:
+def charge(x: Polynomial, count: float | Tensor, operands: tuple[int, int], arithmetic: ErrorModel) -> Tensor:
     """(B1): what the roundings of any algorithm can do to a polynomial, but for the drift of its gates."""
     given, computed = operands
-    narrowed = given * arithmetic.given_operand + computed * arithmetic.operand
+    narrowed = given * arithmetic.argument_operand + computed * arithmetic.operand
     n = torch.as_tensor(count, dtype=x.size.dtype, device=x.size.device)
     size = torch.expm1(1.01 * (n * arithmetic.unit + narrowed)) * (x.grown + x.drift)
     size = size + (n * arithmetic.tiny + (given + computed) * arithmetic.operand_tiny) * x.cap

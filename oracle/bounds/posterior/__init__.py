@@ -1,6 +1,6 @@
 """How far a correct implementation may be from the truth at real sizes: the exact adjoint of every error (B12)."""
 
-from oracle.posterior.enclosure import EXACT, Enclosure, enclose
-from oracle.posterior.verdict import Verdict, judge
+from oracle.bounds.posterior.enclosure import EXACT, Enclosure, enclose
+from oracle.bounds.posterior.verdict import Verdict, judge
 
 __all__ = ["EXACT", "Enclosure", "Verdict", "enclose", "judge"]

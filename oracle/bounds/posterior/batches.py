@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from oracle.ball import Arithmetic
-from oracle.gradient import Cotangents
-from oracle.posterior.piece import Arguments, Piece
-from oracle.recurrence import Inputs, check
+from oracle.bounds.error_model import ErrorModel
+from oracle.bounds.posterior.piece import Arguments, Piece
+from oracle.inputs import Cotangents, Inputs, check
 
 GATES = ("dtheta", "dalpha", "deta")
 TOKENS = ("o", "dq", "dk", "dv", *GATES)
@@ -64,7 +63,7 @@ def _gather(name: str, x: Tensor, numbers: Tensor, rows: Tensor, tokens: Tensor)
     return x.repeat(len(numbers), 1)
 
 
-def batches(inputs: Inputs, cotangents: Cotangents, arithmetic: Arithmetic) -> Iterator[Batch]:
+def batches(inputs: Inputs, cotangents: Cotangents, arithmetic: ErrorModel) -> Iterator[Batch]:
     """All sequences of a call, grouped by their length and by whether they complete their chunk.
 
     Raises
@@ -87,7 +86,7 @@ def batches(inputs: Inputs, cotangents: Cotangents, arithmetic: Arithmetic) -> I
 
 
 def _batch(
-    inputs: Inputs, cotangents: Cotangents, arithmetic: Arithmetic, numbers: list[int], length: int, completes: bool
+    inputs: Inputs, cotangents: Cotangents, arithmetic: ErrorModel, numbers: list[int], length: int, completes: bool
 ) -> Batch:
     device = inputs.q.device
     starts = torch.tensor([inputs.sequences[n][:2] for n in numbers], device=device)
