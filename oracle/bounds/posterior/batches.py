@@ -17,8 +17,8 @@ TOKENS = ("o", "dq", "dk", "dv", *GATES)
 STATES = ("M", "S", "anchor", "dM", "dS", "danchor")
 PARAMETERS = ("dw", "db")
 
-# Numbers in the largest tensor of a batch.
-BATCH = 2**22
+# Numbers in the largest tensor of a batch, which some dozens of others accompany.
+BATCH = {"cpu": 2**21, "cuda": 2**25}
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def batches(inputs: Inputs, cotangents: Cotangents, arithmetic: ErrorModel) -> I
         groups.setdefault((length, offset + length == inputs.chunk_size), []).append(n)
     H, D = inputs.q.shape[2:]
     for (length, completes), numbers in groups.items():
-        at_once = max(1, BATCH // (H * max(length, D) * max(length + 2, D) * D))
+        at_once = max(1, BATCH[inputs.q.device.type] // (H * max(length, D) * max(length + 2, D) * D))
         for i in range(0, len(numbers), at_once):
             yield _batch(inputs, cotangents, arithmetic, numbers[i : i + at_once], length, completes)
 

@@ -21,8 +21,8 @@ EXACT = ErrorModel(0.0, 0.0, float("inf"))
 # Covers sums of non-negative numbers in float64, (B13).
 SLACK = 1 + 2.0**-20
 
-# Numbers in the largest tensor of one reverse pass.
-PASS = 2**19
+# Numbers in the largest tensor of one reverse pass, which some dozens of others accompany.
+PASS = {"cpu": 2**19, "cuda": 2**24}
 
 # Their coarse radius is the sharp one: they are linear in u, with coefficients that no feature changes.
 COARSE_IS_SHARP = ("M", "S", "anchor")
@@ -105,12 +105,18 @@ def elements(piece: Piece, name: str) -> Tensor:
         return result.radius
     shape = result.radius.shape
     count = result.radius[0].numel()
-    at_once = max(1, PASS // piece.given.q.numel())
+    at_once = functionals_at_once(piece)
     found = []
     for start in range(0, count, at_once):
         block = torch.arange(start, min(start + at_once, count), device=result.radius.device)
         found.append(piece.sharp(name, units(block[:, None].expand(-1, shape[0]), shape)))
     return torch.cat(found).T.reshape(shape)
+
+
+def functionals_at_once(piece: Piece) -> int:
+    """How many functionals one reverse pass may have."""
+    q = piece.given.q
+    return max(1, PASS[q.device.type] // q.numel())
 
 
 def units(index: Tensor, shape: torch.Size) -> Tensor:

@@ -82,7 +82,7 @@ class Piece:
     def __init__(self, given: Arguments, arithmetic: ErrorModel) -> None:
         self.given, self.L, self.D = given, given.q.shape[1], given.q.shape[2]
         # (B13): no monomial of the reverse pass meets more
-        self.tape = Tape(arithmetic, 8 * (self.L + self.D) + 100)
+        self.tape = Tape(arithmetic, 10 * (self.L + self.D) + 100)
         self.gates = gates(given.theta, given.alpha, given.eta, given.log_gates, arithmetic)
         self.coefficients = coefficients(self.gates)
         t = torch.arange(1.0, self.L + 1, dtype=torch.float64, device=given.q.device)[:, None]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from oracle.bounds.error_model import ErrorModel
 from oracle.bounds.posterior.batches import GATES, PARAMETERS, Batch, batches
-from oracle.bounds.posterior.enclosure import COARSE_IS_SHARP, PASS, Builder, stored, units, usable
+from oracle.bounds.posterior.enclosure import COARSE_IS_SHARP, Builder, functionals_at_once, stored, units, usable
 from oracle.inputs import Cotangents, Inputs
 
 # Results of which every element has its sharp radius: there are few.
@@ -109,7 +109,7 @@ def _projections(
         # 0 times infinity is 0 here: a functional says nothing of what it leaves out
         moved = torch.where(functionals == 0, 0, functionals * error).flatten(2).sum(-1)
         added = torch.where(functionals == 0, 0, functionals.abs() * extra).flatten(2).sum(-1)
-        at_once = max(1, PASS // batch.piece.given.q.numel())
+        at_once = functionals_at_once(batch.piece)
         radius = torch.cat([batch.piece.sharp(name, part) for part in torch.split(functionals, at_once)])
         yield _worst(name, kind, moved, usable(radius + added), value)
 
