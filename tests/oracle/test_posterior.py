@@ -14,12 +14,13 @@ from torch import Tensor
 import oracle
 from oracle.bounds import gradient_radius
 from oracle.bounds.error_model import FLOAT32, FLOAT64, ErrorModel, arithmetic_for
+from oracle.bounds.gates import EXP_ARGUMENT
 from oracle.bounds.posterior import EXACT, Enclosure, Verdict, as_pieces, enclose, judge
 from oracle.bounds.posterior import piece as pieces
 from oracle.bounds.posterior.batches import batches
 from oracle.bounds.posterior.enclosure import SLACK
 from oracle.bounds.posterior.polynomial import Polynomial, leaf
-from oracle.bounds.posterior.stages import rsqrt
+from oracle.bounds.posterior.stages import Norm, norm_vjp, rsqrt
 from oracle.bounds.posterior.tape import Tape, charge
 from tests.oracle.test_bounds import SPECIAL, gradients, linear_coefficients, problem, ratio
 from titans import TitansState, chunk_titans_linear
@@ -450,3 +451,38 @@ def test_ratio_of_a_verdict() -> None:
     assert Verdict("o", "rows", 1, 0, 1.0, 0.0).ratio == np.inf
     assert Verdict("o", "rows", 1, 0, np.inf, 1.0).ratio == np.inf
     assert Verdict("o", "rows", 1, 1, np.inf, np.inf).ratio == 0
+
+
+def row(*entries: float) -> Tensor:
+    """One token of one problem."""
+    return torch.tensor(entries, dtype=torch.float64)[None, None]
+
+
+def test_roundings_of_the_reverse_of_norm_act_on_terms_that_cancel() -> None:
+    """(B6): dr cancels dx . (y - mean y) here, and an implementation may round both on their way into dy."""
+    tape, D, r = Tape(FLOAT32, 0), 4, 1 / np.sqrt(3)
+    centred, dx, dr = row(3, -1, -1, -1), row(3, -1, -1, -1), row(-12)
+    dy = norm_vjp(Norm(leaf(centred), leaf(row(r)), leaf(centred * r)), leaf(dx), leaf(dr), tape)
+    through_x = dx.abs() * r
+    through_r = centred.abs() * ((dx * centred).abs().sum() + dr.abs()) * r**3 / D
+    roundings = sum((D + 4) * (term + term.mean()) for term in (through_x, through_r)) + (D + 2 + 6 + 5) * through_r
+    assert (tape.local(dy, D + 4).first >= FLOAT32.unit * roundings).all()
+
+
+def test_a_mean_that_may_be_left_out_counts_both_ways() -> None:
+    """(B6): centred, an error of 1 in one of four entries is 3/4 there and 1/4 elsewhere; not centred it is 1 and 0."""
+    tape = Tape(EXACT, 0)
+    x = tape.enter(row(3, -1, -1, -1), row(1, 0, 0, 0))
+    assert (tape.local(tape.centred_or_not(x), 1).first >= row(1, 0.25, 0.25, 0.25)).all()
+
+
+def test_a_log_gates_rounded_argument_is_charged_on_every_use() -> None:
+    """(B14): exp x as a power of two is off by the relative error 1.23 u |x|, and M_T = a_2 a_1 M_0 has two of them."""
+    zero, one = torch.full((1, 2, 1), -torch.inf), torch.ones(1, 2, 1, 1)
+    inputs = oracle.Inputs(
+        0 * one, 0 * one, 0 * one, None, None, zero, torch.full((1, 2, 1), -20.0), zero,
+        chunk_size=2, M=torch.ones(1, 1, 1, 1), log_gates=True,
+    )  # fmt: skip
+    cotangents = oracle.Cotangents(o=0 * one)
+    enclosure = enclose(inputs, cotangents, FLOAT32)
+    assert (enclosure.radius["M"] >= 2 * EXP_ARGUMENT * 20 * FLOAT32.unit * enclosure.values["M"]).all()
