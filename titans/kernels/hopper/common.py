@@ -1,0 +1,127 @@
+"""Helpers that the Gluon kernels share: layouts, tiles copied with their edges masked, and the norm of (2).
+
+Tiles in shared memory are bfloat16, swizzled as the tensor cores read them. Before a `warpgroup_mma` reads a tile, the
+threads that wrote it run `fence_async_shared` and meet at a barrier.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+
+TILE = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
+VECTOR = gl.constexpr(gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0]))
+
+
+def product(warps: list[int], columns: int) -> gl.NVMMADistributedLayout:
+    """Layout of a product that `warps` share, rows by columns; each warpgroup makes `columns` columns at once."""
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=warps, instr_shape=[16, columns, 16])
+
+
+def copying(BD: int, warps: int) -> gl.BlockedLayout:
+    """Layout in which `warps` warps copy rows of BD numbers of 2 bytes, 16 bytes a thread at once."""
+    return gl.BlockedLayout([1, 8], [256 // BD, BD // 8], [warps, 1], [1, 0])
+
+
+def aligned(x: Tensor) -> Tensor:
+    """`x`, or a copy of it if it does not begin at a multiple of 16 bytes, which asynchronous copies need."""
+    return x.clone() if x.data_ptr() % 16 else x
+
+
+@gluon.jit
+def grid_of(ROWS: gl.constexpr, COLUMNS: gl.constexpr, LAYOUT: gl.constexpr):
+    """Row and column numbers of a tile, (ROWS, 1) and (1, COLUMNS)."""
+    offs_i = gl.expand_dims(gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT)), 1)
+    offs_j = gl.expand_dims(gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT)), 0)
+    return offs_i, offs_j
+
+
+@gluon.jit
+def copy_rows(tile, x, row, H, length, D: gl.constexpr, LAYOUT: gl.constexpr):
+    """Start copying `length` tokens of one head, zero outside, to `tile` (BS, BD); `row` = token * H + h."""
+    offs_t, offs_d = grid_of(tile.shape[0], tile.shape[1], LAYOUT)
+    mask = (offs_t < length) & (offs_d < D)
+    async_copy.async_copy_global_to_shared(tile, x + row * D + (offs_t * (H * D) + offs_d), mask=mask)
+
+
+@gluon.jit
+def copy_vector(vector, x, at, length, LAYOUT: gl.constexpr):
+    """Start copying x[at], x[at + 1], ..., zero from `length` on, to `vector`."""
+    offs = gl.arange(0, vector.shape[0], layout=LAYOUT)
+    async_copy.async_copy_global_to_shared(vector, x + at + offs, mask=offs < length)
+
+
+@gluon.jit
+def save_rows(x, tile, row, H, length, D: gl.constexpr, STEP: gl.constexpr, LAYOUT: gl.constexpr):
+    """Store `length` rows of `tile` (BS, BD), in global memory H rows apart, STEP rows at a time."""
+    ROWS: gl.constexpr = tile.shape[0]
+    for i in gl.static_range(0, ROWS, STEP):
+        offs_t, offs_d = grid_of(STEP, tile.shape[1], LAYOUT)
+        offs_t += i
+        mask = (offs_t < length) & (offs_d < D)
+        gl.store(x + row * D + (offs_t * (H * D) + offs_d), tile.slice(i, STEP).load(LAYOUT), mask=mask)
+
+
+@gluon.jit
+def load_square(x, index, D: gl.constexpr, BD: gl.constexpr, LAYOUT: gl.constexpr):
+    """(BD, BD) tile of the D x D matrix number `index`, zero outside."""
+    offs_i, offs_j = grid_of(BD, BD, LAYOUT)
+    return gl.load(x + index * D * D + (offs_i * D + offs_j), mask=(offs_i < D) & (offs_j < D), other=0)
+
+
+@gluon.jit
+def store_square(x, value, index, D: gl.constexpr, BD: gl.constexpr, LAYOUT: gl.constexpr):
+    """Store `value` where `load_square` would load it."""
+    offs_i, offs_j = grid_of(BD, BD, LAYOUT)
+    mask = (offs_i < D) & (offs_j < D)
+    gl.store(x + index * D * D + (offs_i * D + offs_j), value.to(x.dtype.element_ty), mask=mask)
+
+
+@gluon.jit
+def load_width(x, h, D: gl.constexpr, BD: gl.constexpr, LAYOUT: gl.constexpr):
+    """(1, BD) row of a parameter (H, D) in float32, zero outside."""
+    offs_d = gl.arange(0, BD, layout=gl.SliceLayout(0, LAYOUT))
+    return gl.expand_dims(gl.load(x + h * D + offs_d, mask=offs_d < D, other=0).to(gl.float32), 0)
+
+
+@gluon.jit
+def column(vector, LAYOUT: gl.constexpr):
+    """A vector in shared memory as a column (BS, 1)."""
+    return gl.expand_dims(vector.load(gl.SliceLayout(1, LAYOUT)), 1)
+
+
+@gluon.jit
+def scalar(vector, i: gl.constexpr, LAYOUT: gl.constexpr):
+    """Element i of a vector in shared memory as a tile (1, 1)."""
+    return column(vector.slice(i, 1), LAYOUT)
+
+
+@gluon.jit
+def add_two(x, y, x_, y_):
+    """Add pairs."""
+    return x + x_, y + y_
+
+
+@gluon.jit
+def mean(x, D: gl.constexpr):
+    """Mean over the D columns that are in use, (BS, 1)."""
+    return gl.expand_dims(gl.sum(x, 1) / D, 1)
+
+
+@gluon.jit
+def two_means(x, y, D: gl.constexpr):
+    """`mean` of two tiles at once."""
+    x, y = gl.reduce((x, y), 1, add_two)
+    return gl.expand_dims(x / D, 1), gl.expand_dims(y / D, 1)
+
+
+@gluon.jit
+def less_mean(x, mean_x, D: gl.constexpr, LAYOUT: gl.constexpr):
+    """x - mean_x in the D columns that are in use, else 0."""
+    centred = x - mean_x
+    if D < x.shape[1]:
+        _, offs_d = grid_of(x.shape[0], x.shape[1], LAYOUT)
+        centred = gl.where(offs_d < D, centred, 0.0)
+    return centred
