@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from titans.arguments import Call
+from titans.kernels import hopper
 from titans.kernels.coefficients import coefficients_kernel, coefficients_vjp_kernel
 from titans.kernels.output import output_kernel, output_vjp_kernel
 from titans.kernels.state import state_kernel
@@ -128,10 +129,18 @@ def state(plan: Plan, step_end: End, saved: Saved) -> State:
     """Eq. (8)-(10): the final state; writes `saved`."""
     call = plan.call
     final = State(*(torch.empty_like(call.M) for _ in range(3)))
+    affine, initial = Affine(call.w, call.b), State(call.M, call.S, call.anchor)
+    if hopper.stages_of(call).state:
+        from titans.kernels.hopper.state import launch_state
+
+        launch_state(
+            plan.chains, call.k, call.v, affine, step_end, initial, plan.where, saved, final, *call.q.shape[1:3], call.eps,
+            plan.tile,
+        )  # fmt: skip
+        return final
     state_kernel[plan.chains](
-        k_ptr=call.k, v_ptr=call.v, affine=Affine(call.w, call.b), step_end=step_end,
-        initial=State(call.M, call.S, call.anchor), saved=saved, final=final, eps=call.eps,
-        STAGES=stages(plan), **plan.square,
+        k_ptr=call.k, v_ptr=call.v, affine=affine, step_end=step_end, initial=initial, saved=saved, final=final,
+        eps=call.eps, STAGES=stages(plan), **plan.square,
     )  # fmt: skip
     return final
 

@@ -39,63 +39,80 @@ def grid_of(ROWS: gl.constexpr, COLUMNS: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def copy_rows(tile, x, row, H, length, D: gl.constexpr, LAYOUT: gl.constexpr):
-    """Start copying `length` tokens of one head, zero outside, to `tile` (BS, BD); `row` = token * H + h."""
-    offs_t, offs_d = grid_of(tile.shape[0], tile.shape[1], LAYOUT)
-    mask = (offs_t < length) & (offs_d < D)
-    async_copy.async_copy_global_to_shared(tile, x + row * D + (offs_t * (H * D) + offs_d), mask=mask)
-
-
-@gluon.jit
-def copy_vector(vector, x, at, length, LAYOUT: gl.constexpr):
-    """Start copying x[at], x[at + 1], ..., zero from `length` on, to `vector`."""
-    offs = gl.arange(0, vector.shape[0], layout=LAYOUT)
-    async_copy.async_copy_global_to_shared(vector, x + at + offs, mask=offs < length)
-
-
-@gluon.jit
-def save_rows(x, tile, row, H, length, D: gl.constexpr, STEP: gl.constexpr, LAYOUT: gl.constexpr):
-    """Store `length` rows of `tile` (BS, BD), in global memory H rows apart, STEP rows at a time."""
+def copy_rows(tile, x_ptr, row, H, length, D: gl.constexpr, LAYOUT: gl.constexpr):
+    """Start copying `length` rows, in global memory H rows apart, to `tile`, zero outside; 16 at a time."""
     ROWS: gl.constexpr = tile.shape[0]
-    for i in gl.static_range(0, ROWS, STEP):
-        offs_t, offs_d = grid_of(STEP, tile.shape[1], LAYOUT)
-        offs_t += i
-        mask = (offs_t < length) & (offs_d < D)
-        gl.store(x + row * D + (offs_t * (H * D) + offs_d), tile.slice(i, STEP).load(LAYOUT), mask=mask)
+    offs_t, offs_d = grid_of(16, tile.shape[1], LAYOUT)
+    for i in gl.static_range(0, ROWS, 16):
+        mask = (offs_t < length - i) & (offs_d < D)
+        at = x_ptr + (row + i * H) * D
+        async_copy.async_copy_global_to_shared(tile.slice(i, 16), at + offs_t * (H * D) + offs_d, mask=mask)
 
 
 @gluon.jit
-def load_square(x, index, D: gl.constexpr, BD: gl.constexpr, LAYOUT: gl.constexpr):
+def copy_vector(vector, x_ptr, length, LAYOUT: gl.constexpr):
+    """Start copying x[0], x[1], ..., zero from `length` on, to `vector`."""
+    offs = gl.arange(0, vector.shape[0], layout=LAYOUT)
+    async_copy.async_copy_global_to_shared(vector, x_ptr + offs, mask=offs < length)
+
+
+@gluon.jit
+def save_rows(x_ptr, tile, row, H, length, D: gl.constexpr, LAYOUT: gl.constexpr):
+    """Store what `copy_rows` would copy."""
+    ROWS: gl.constexpr = tile.shape[0]
+    offs_t, offs_d = grid_of(16, tile.shape[1], LAYOUT)
+    for i in gl.static_range(0, ROWS, 16):
+        mask = (offs_t < length - i) & (offs_d < D)
+        at = x_ptr + (row + i * H) * D
+        gl.store(at + offs_t * (H * D) + offs_d, tile.slice(i, 16).load(LAYOUT), mask=mask)
+
+
+@gluon.jit
+def load_square(x_ptr, index, tile: gl.constexpr, LAYOUT: gl.constexpr):
     """(BD, BD) tile of the D x D matrix number `index`, zero outside."""
-    offs_i, offs_j = grid_of(BD, BD, LAYOUT)
-    return gl.load(x + index * D * D + (offs_i * D + offs_j), mask=(offs_i < D) & (offs_j < D), other=0)
+    offs_i, offs_j = grid_of(tile.BD, tile.BD, LAYOUT)
+    at = x_ptr + index * tile.D * tile.D + offs_i * tile.D + offs_j
+    if tile.D == tile.BD:
+        value = gl.load(at)
+    else:
+        value = gl.load(at, mask=(offs_i < tile.D) & (offs_j < tile.D), other=0)
+    return value
 
 
 @gluon.jit
-def store_square(x, value, index, D: gl.constexpr, BD: gl.constexpr, LAYOUT: gl.constexpr):
+def store_square(x_ptr, value, index, tile: gl.constexpr, LAYOUT: gl.constexpr):
     """Store `value` where `load_square` would load it."""
-    offs_i, offs_j = grid_of(BD, BD, LAYOUT)
-    mask = (offs_i < D) & (offs_j < D)
-    gl.store(x + index * D * D + (offs_i * D + offs_j), value.to(x.dtype.element_ty), mask=mask)
+    offs_i, offs_j = grid_of(tile.BD, tile.BD, LAYOUT)
+    at = x_ptr + index * tile.D * tile.D + offs_i * tile.D + offs_j
+    if tile.D == tile.BD:
+        gl.store(at, value.to(x_ptr.dtype.element_ty))
+    else:
+        gl.store(at, value.to(x_ptr.dtype.element_ty), mask=(offs_i < tile.D) & (offs_j < tile.D))
 
 
 @gluon.jit
-def load_width(x, h, D: gl.constexpr, BD: gl.constexpr, LAYOUT: gl.constexpr):
-    """(1, BD) row of a parameter (H, D) in float32, zero outside."""
-    offs_d = gl.arange(0, BD, layout=gl.SliceLayout(0, LAYOUT))
-    return gl.expand_dims(gl.load(x + h * D + offs_d, mask=offs_d < D, other=0).to(gl.float32), 0)
+def store_width(vector, x_ptr, h, tile: gl.constexpr, LAYOUT: gl.constexpr):
+    """Keep the row of a parameter (H, D) in shared memory, in float32, zero outside; `as_row` reads it."""
+    offs_d = gl.arange(0, tile.BD, layout=gl.SliceLayout(0, LAYOUT))
+    vector.store(gl.load(x_ptr + h * tile.D + offs_d, mask=offs_d < tile.D, other=0).to(gl.float32))
 
 
 @gluon.jit
-def column(vector, LAYOUT: gl.constexpr):
+def as_row(vector, LAYOUT: gl.constexpr):
+    """A vector in shared memory as a row (1, BD)."""
+    return gl.expand_dims(vector.load(gl.SliceLayout(0, LAYOUT)), 0)
+
+
+@gluon.jit
+def as_column(vector, LAYOUT: gl.constexpr):
     """A vector in shared memory as a column (BS, 1)."""
     return gl.expand_dims(vector.load(gl.SliceLayout(1, LAYOUT)), 1)
 
 
 @gluon.jit
-def scalar(vector, i: gl.constexpr, LAYOUT: gl.constexpr):
+def as_scalar(vector, i: gl.constexpr, LAYOUT: gl.constexpr):
     """Element i of a vector in shared memory as a tile (1, 1)."""
-    return column(vector.slice(i, 1), LAYOUT)
+    return as_column(vector.slice(i, 1), LAYOUT)
 
 
 @gluon.jit
@@ -106,21 +123,21 @@ def add_two(x, y, x_, y_):
 
 @gluon.jit
 def mean(x, D: gl.constexpr):
-    """Mean over the D columns that are in use, (BS, 1)."""
-    return gl.expand_dims(gl.sum(x, 1) / D, 1)
+    """Mean over the D columns that are in use, (BS,)."""
+    return gl.sum(x, 1) / D
 
 
 @gluon.jit
 def two_means(x, y, D: gl.constexpr):
     """`mean` of two tiles at once."""
     x, y = gl.reduce((x, y), 1, add_two)
-    return gl.expand_dims(x / D, 1), gl.expand_dims(y / D, 1)
+    return x / D, y / D
 
 
 @gluon.jit
 def less_mean(x, mean_x, D: gl.constexpr, LAYOUT: gl.constexpr):
     """x - mean_x in the D columns that are in use, else 0."""
-    centred = x - mean_x
+    centred = x - gl.expand_dims(mean_x, 1)
     if D < x.shape[1]:
         _, offs_d = grid_of(x.shape[0], x.shape[1], LAYOUT)
         centred = gl.where(offs_d < D, centred, 0.0)

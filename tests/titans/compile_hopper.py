@@ -1,0 +1,84 @@
+"""Compile the Hopper kernels for sm_90a, on a machine without a GPU, and print as JSON what became of them.
+
+    python -m tests.titans.compile_hopper
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from triton.runtime import JITFunction, driver
+
+from tests.titans.compile_kernels import NoGPU, resources
+from titans import kernels
+from titans.arguments import Call
+from titans.kernels import hopper
+
+H, C = 2, 64
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel's specialisation."""
+
+    D: int
+    plain: bool = False
+    packed: bool = False
+    resumed: bool = False
+
+
+VARIANTS = [
+    Variant(D, plain=plain, packed=both, resumed=both)
+    for D in (64, 128)
+    for plain in (False, True)
+    for both in (False, True)
+] + [Variant(40), Variant(72)]
+
+
+def call_of(variant: Variant) -> Call:
+    """Make a call."""
+    D, T = variant.D, 100
+    q, k, v = (torch.zeros(1, T, H, D, dtype=torch.bfloat16) for _ in range(3))
+    w, b = (None if variant.plain else torch.zeros(H, D, dtype=torch.bfloat16) for _ in range(2))
+    theta, alpha, eta = (torch.zeros(1, T, H, dtype=torch.bfloat16) for _ in range(3))
+    M, S, anchor = (torch.zeros(1, H, D, D) for _ in range(3))
+    offset = torch.zeros(1, dtype=torch.int64) if variant.resumed else None
+    cu_seqlens = torch.tensor([0, T]) if variant.packed else None
+    return Call(q, k, v, w, b, theta, alpha, eta, M, S, anchor, offset, cu_seqlens, 1e-6, C, False)
+
+
+def compiled(variant: Variant) -> list[Any]:
+    """Compile the Hopper kernels among those that a forward would launch."""
+    found: list[Any] = []
+
+    def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        if kernel.fn.__name__.startswith("hopper"):
+            found.append(run(kernel, *args, grid=grid, warmup=True, **kwargs))
+
+    run, JITFunction.run = JITFunction.run, compile_only
+    try:
+        kernels.forward(call_of(variant))
+    finally:
+        JITFunction.run = run
+    return found
+
+
+def facts(variant: Variant, kernel: Any) -> dict[str, Any]:
+    """Return what the tests ask about."""
+    ptx = kernel.asm["ptx"]
+    return {
+        "name": f"{kernel.name} {variant}",
+        "shared": kernel.metadata.shared,
+        "products": len(re.findall(r"ttng\.warp_group_dot ", kernel.asm["ttgir"])),
+        "mma": sorted(set(re.findall(r"wgmma\.mma_async\S*\.f32\.(\w+\.\w+)", ptx))),
+        "atomics": re.findall(r"\b(?:atom|red)\.\S+", ptx),
+        **resources(kernel.asm["cubin"]),
+    }
+
+
+if __name__ == "__main__":
+    driver.set_active(NoGPU())  # type: ignore[arg-type]
+    hopper.stages_of = lambda call: hopper.Stages(state=True)
+    print(json.dumps([facts(variant, kernel) for variant in VARIANTS for kernel in compiled(variant)]))

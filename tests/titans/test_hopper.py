@@ -1,0 +1,78 @@
+"""Which calls the Hopper kernels take, and what they become when they are compiled for sm_90a; needs no GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from titans.kernels import hopper
+
+ROOT = Path(__file__).parents[2]
+SHARED = 232448  # bytes of shared memory that a program can have on compute capability 9.0
+
+
+def chosen(**changes: Any) -> hopper.Stages:
+    """Choose for a call that the kernels take, but for the changes."""
+    call = {
+        "dtype": torch.bfloat16, "capability": (9, 0), "chunk_size": 64, "D": 64,
+        "packed": False, "resumed": False, "plain": False, "version": "3.7.1",
+    }  # fmt: skip
+    return hopper.choose(**call | changes)
+
+
+@pytest.mark.parametrize("D", [40, 64, 72, 128])
+@pytest.mark.parametrize("version", ["3.6.0", "3.7.1"])
+def test_the_chain_is_taken_however_the_sequences_are_passed(D: int, version: str) -> None:
+    """Or the bits of a sequence would depend on it."""
+    for bits in range(8):
+        packed, resumed, plain = (bool(bits >> i & 1) for i in range(3))
+        assert chosen(D=D, version=version, packed=packed, resumed=resumed, plain=plain).state
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dtype": torch.float16},
+        {"dtype": torch.float32},
+        {"capability": None},
+        {"capability": (8, 0)},
+        {"capability": (10, 0)},
+        {"chunk_size": 16},
+        {"chunk_size": 63},
+        {"chunk_size": 128},
+        {"D": 32},
+        {"D": 60},
+        {"D": 136},
+        {"version": "3.5.1"},
+        {"version": "3.8.0"},
+    ],
+    ids=str,
+)
+def test_all_else_stays_with_the_portable_kernels(changes: dict[str, Any]) -> None:
+    assert chosen(**changes) == hopper.Stages()
+
+
+def compiled() -> list[dict[str, Any]]:
+    """Compile every variant, in a process in which Triton does not interpret."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.titans.compile_hopper"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_the_chain_fits_a_multiprocessor_and_spills_nothing() -> None:
+    kernels = compiled()
+    assert len(kernels) == 10
+    for kernel in kernels:
+        assert kernel["shared"] <= SHARED, kernel
+        assert kernel["STACK"] == kernel["LOCAL"] == 0, kernel
+        assert not kernel["atomics"], kernel
+        # y, M and S, each by the tensor cores' asynchronous products
+        assert kernel["products"] == 3, kernel
+        assert set(kernel["mma"]) == {"bf16.bf16"}, kernel

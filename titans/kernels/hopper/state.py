@@ -1,0 +1,277 @@
+"""The `state` stage in Gluon: the chain of steps, one program per sequence and head, its warps divided into two roles.
+
+chain   4 or 8 warps   u = u(k A), M and S; both in the float32 accumulators of the tensor cores
+copies  4 warps        k, v and the coefficients of the steps' ends to shared memory, STAGES steps ahead;
+                       M0, S0, x and r from there
+
+The chain's warps touch global memory before and after the loop only: their fences would wait for it. The roles meet at
+barriers in shared memory, each of which one role completes once a step:
+
+full[slot]   copies -> chain   the operands of a step have arrived
+done         chain -> copies   a step is over: its slot is free; x, r and the next M0 and S0 can be saved
+x_free       copies -> chain   x and r have been saved
+S_free       copies -> chain   M0 and S0 have been saved
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from titans.kernels.block import own_step, sequence_of, step_count
+from titans.kernels.hopper.common import (
+    TILE,
+    VECTOR,
+    aligned,
+    as_column,
+    as_row,
+    as_scalar,
+    copy_rows,
+    copy_vector,
+    copying,
+    less_mean,
+    load_square,
+    mean,
+    product,
+    save_rows,
+    store_square,
+    store_width,
+    two_means,
+)
+from titans.kernels.tile import Affine, End, Saved, State, Tile, Where
+
+ONE_EACH = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+
+
+@gluon.jit
+def load_step(k_ptr, v_ptr, step_end, k_s, v_s, c_s, slot, step, tile: gl.constexpr, COPY: gl.constexpr):
+    """Start copying the operands of a step to a slot."""
+    copy_rows(k_s.index(slot), k_ptr, step.row, step.H, step.length, tile.D, COPY)
+    copy_rows(v_s.index(slot), v_ptr, step.row, step.H, step.length, tile.D, COPY)
+    weights = step_end.weights + step.index * 2 * tile.BS
+    copy_vector(c_s.index(3 * slot), weights, step.length, ONE_EACH)
+    copy_vector(c_s.index(3 * slot + 1), weights + tile.BS, step.length, ONE_EACH)
+    copy_vector(c_s.index(3 * slot + 2), step_end.transition + step.index * 3, 3, ONE_EACH)
+
+
+@gluon.jit
+def save_tokens(saved, x_s, r_s, step, tile: gl.constexpr, COPY: gl.constexpr):
+    """Store x and r of a step."""
+    save_rows(saved.x, x_s, step.row, step.H, step.length, tile.D, COPY)
+    if tile.NORM:
+        offs_t = gl.arange(0, tile.BS, layout=ONE_EACH)
+        gl.store(saved.r + step.row + offs_t * step.H, r_s.load(ONE_EACH), mask=offs_t < step.length)
+
+
+@gluon.jit
+def copy_part(
+    k_ptr, v_ptr, step_end, saved, k_s, v_s, c_s, A_s, S_s, x_s, r_s, full, done, x_free, S_free, sequence, steps, H,
+    tile: gl.constexpr, COPY: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """After step i: fetch the operands of step i + STAGES, save x and r of step i, then M0 and S0 of step i + 1."""
+    h = gl.program_id(0) % H
+    for i in range(-STAGES, steps):
+        ahead = i + STAGES
+        if i >= 0:
+            mbarrier.wait(done.index(0), i & 1)
+        if ahead < steps:
+            step = own_step(ahead, sequence, h, H, tile.BS, tile)
+            load_step(k_ptr, v_ptr, step_end, k_s, v_s, c_s, ahead % STAGES, step, tile, COPY)
+        if i >= 0:
+            step = own_step(i, sequence, h, H, tile.BS, tile)
+            save_tokens(saved, x_s, r_s, step, tile, COPY)
+            mbarrier.arrive(x_free.index(0), count=1)
+            if i + 1 < steps:
+                at = (step.index + H) * tile.D
+                save_rows(saved.M0, A_s, at, 1, tile.D, tile.D, COPY)
+                save_rows(saved.S0, S_s, at, 1, tile.D, tile.D, COPY)
+            mbarrier.arrive(S_free.index(0), count=1)
+        async_copy.commit_group()
+        async_copy.wait_group(0)
+        fence_async_shared()
+        mbarrier.arrive(full.index(ahead % STAGES), count=1)
+
+
+@gluon.jit
+def load_target(k, v, tile: gl.constexpr, LAYOUT: gl.constexpr):
+    """The target of (1) or (1'): v - k or v, (BS, BD) in float32."""
+    target = v.load(LAYOUT).to(gl.float32)
+    if tile.NORM:
+        target -= k.load(LAYOUT).to(gl.float32)
+    return target
+
+
+@gluon.jit
+def inner_gradient(y, target, w_s, length, eps, tile: gl.constexpr, LAYOUT: gl.constexpr):
+    """Eq. (2) from y = k A: x, r and u; u = 0 in the rows from `length` on, whatever b, w and eps are."""
+    offs_t = gl.arange(0, tile.BS, layout=gl.SliceLayout(1, LAYOUT))
+    if tile.NORM:
+        centred = less_mean(y, mean(y, tile.D), tile.D, LAYOUT)
+        r = gl.rsqrt(mean(centred * centred, tile.D) + eps)
+        r = gl.where(offs_t < length, r, 0.0)
+        x = centred * gl.expand_dims(r, 1)
+        w = as_row(w_s.index(0), LAYOUT)
+        e = (x * w + (as_row(w_s.index(1), LAYOUT) - target)) * w
+        mean_e, c = two_means(e, e * x, tile.D)
+        u = gl.expand_dims(r, 1) * (less_mean(e, mean_e, tile.D, LAYOUT) - x * gl.expand_dims(c, 1))
+    else:
+        r = gl.zeros([tile.BS], gl.float32, gl.SliceLayout(1, LAYOUT))
+        x = y
+        u = y - target
+    return x, r, u
+
+
+@gluon.jit
+def chain_part(
+    affine, initial, saved, final, k_s, v_s, c_s, A_s, S_s, uG_s, un_s, x_s, r_s, w_s, full, done, x_free, S_free,
+    sequence, steps, H, eps,
+    tile: gl.constexpr, TOKENS: gl.constexpr, SQUARE: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The steps. A is the anchor of the first, then M rounded to bfloat16."""
+    pid = gl.program_id(0).to(gl.int64)
+    h = gl.program_id(0) % H
+    anchor = load_square(initial.anchor, pid, tile, SQUARE)
+    store_square(final.anchor, anchor, pid, tile, SQUARE)
+    A_s.store(anchor.to(gl.bfloat16))
+    fence_async_shared()
+    M = load_square(initial.M, pid, tile, SQUARE)
+    S = load_square(initial.S, pid, tile, SQUARE)
+    if steps > 0:
+        store_square(saved.M0, M, sequence.slot * H + h, tile, SQUARE)
+        store_square(saved.S0, S, sequence.slot * H + h, tile, SQUARE)
+    if tile.NORM:
+        store_width(w_s.index(0), affine.w, h, tile, TOKENS)
+        store_width(w_s.index(1), affine.b, h, tile, TOKENS)
+    zero = gl.zeros([tile.BS, tile.BD], gl.float32, TOKENS)
+    # the step whose M is the final anchor: that a full last chunk leaves, or that the last one starts from
+    last = steps - gl.where((sequence.offset + sequence.length) % tile.BS == 0, 1, 2)
+
+    for i in range(steps):
+        slot = i % STAGES
+        length = own_step(i, sequence, h, H, tile.BS, tile).length
+        mbarrier.wait(full.index(slot), i // STAGES & 1)
+        k = k_s.index(slot)
+        y = warpgroup_mma(k, A_s, zero, use_acc=False, is_async=True)
+        # beside the product: all that needs neither y nor u
+        transition = c_s.index(3 * slot + 2)
+        M = as_scalar(transition, 0, SQUARE) * M + as_scalar(transition, 1, SQUARE) * S
+        S = as_scalar(transition, 2, SQUARE) * S
+        if tile.BD <= 64:
+            target = load_target(k, v_s.index(slot), tile, TOKENS)
+        y = warpgroup_mma_wait(0, deps=[y])
+        # wide tiles leave no registers for it before
+        if tile.BD > 64:
+            target = load_target(k, v_s.index(slot), tile, TOKENS)
+        x, r, u = inner_gradient(y, target, w_s, length, eps, tile, TOKENS)
+        uG_s.store((as_column(c_s.index(3 * slot + 1), TOKENS) * -2 * u).to(gl.bfloat16))
+        fence_async_shared()
+        k_T = k.permute((1, 0))
+        M = warpgroup_mma(k_T, uG_s, M, is_async=True)
+        un_s.store((as_column(c_s.index(3 * slot), TOKENS) * -2 * u).to(gl.bfloat16))
+        mbarrier.wait(x_free.index(0), (i & 1) ^ 1)
+        x_s.store(x.to(gl.bfloat16))
+        if tile.NORM:
+            r_s.store(r)
+        fence_async_shared()
+        S = warpgroup_mma(k_T, un_s, S, is_async=True)
+        M = warpgroup_mma_wait(1, deps=[M, k, uG_s])[0]
+        mbarrier.wait(S_free.index(0), (i & 1) ^ 1)
+        A_s.store(M.to(gl.bfloat16))
+        S = warpgroup_mma_wait(0, deps=[S, k, un_s])[0]
+        S_s.store(S.to(gl.bfloat16))
+        fence_async_shared()
+        mbarrier.arrive(done.index(0), count=1)
+        if i == last:
+            store_square(final.anchor, M, pid, tile, SQUARE)
+    store_square(final.M, M, pid, tile, SQUARE)
+    store_square(final.S, S, pid, tile, SQUARE)
+
+
+@gluon.jit(do_not_specialize=["T", "H"])
+def hopper_state_kernel(
+    k_ptr, v_ptr,  # (B, T, H, D)
+    affine, step_end, initial, where,
+    saved, final,  # out
+    T, H, eps, tile: gl.constexpr,
+    TOKENS: gl.constexpr, SQUARE: gl.constexpr, COPY: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """Eq. (8)-(10), as `titans.kernels.state.state_kernel`, for chunks of BS tokens.
+
+    Grid: (N H,).
+    Reads: k, v, w, b, coefficients of the steps' ends, the initial state.
+    Writes: M0, S0 of each block, x and r of (2) (x = k A in the plain memory), the final state.
+    """
+    BS: gl.constexpr = tile.BS
+    BD: gl.constexpr = tile.BD
+    sequence = sequence_of(gl.program_id(0) // H, where, T, BS, tile)
+    steps = step_count(sequence, BS, tile)
+    k_s = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BS, BD], TILE)
+    v_s = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BS, BD], TILE)
+    c_s = gl.allocate_shared_memory(gl.float32, [3 * STAGES, BS], VECTOR)
+    A_s = gl.allocate_shared_memory(gl.bfloat16, [BD, BD], TILE)
+    S_s = gl.allocate_shared_memory(gl.bfloat16, [BD, BD], TILE)
+    uG_s = gl.allocate_shared_memory(gl.bfloat16, [BS, BD], TILE)
+    un_s = gl.allocate_shared_memory(gl.bfloat16, [BS, BD], TILE)
+    x_s = gl.allocate_shared_memory(gl.bfloat16, [BS, BD], TILE)
+    r_s = gl.allocate_shared_memory(gl.float32, [BS], VECTOR)
+    w_s = gl.allocate_shared_memory(gl.float32, [2, BD], VECTOR)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    done = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    x_free = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    S_free = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+    mbarrier.init(done.index(0), count=1)
+    mbarrier.init(x_free.index(0), count=1)
+    mbarrier.init(S_free.index(0), count=1)
+    gl.warp_specialize(
+        [
+            (chain_part, (affine, initial, saved, final, k_s, v_s, c_s, A_s, S_s, uG_s, un_s, x_s, r_s, w_s,
+                          full, done, x_free, S_free, sequence, steps, H, eps, tile, TOKENS, SQUARE, STAGES)),
+            (copy_part, (k_ptr, v_ptr, step_end, saved, k_s, v_s, c_s, A_s, S_s, x_s, r_s,
+                         full, done, x_free, S_free, sequence, steps, H, tile, COPY, STAGES)),
+        ],
+        [4],
+        [REGISTERS],
+    )  # fmt: skip
+
+
+@functools.cache
+def options(BD: int) -> dict[str, Any]:
+    """Constants of the kernel that depend on the width of its tiles.
+
+    With narrow tiles two programs share a multiprocessor: so it has no more than 128 registers a thread to begin with,
+    of which those of the copies go to the chain.
+    """
+    if BD == 64:
+        layout = product([4, 1], 64)
+        return {
+            "TOKENS": layout, "SQUARE": layout, "COPY": copying(64, 4), "STAGES": 4, "REGISTERS": 48,
+            "num_warps": 4, "maxnreg": 128,
+        }  # fmt: skip
+    return {
+        "TOKENS": product([4, 2], 64), "SQUARE": product([8, 1], 128), "COPY": copying(128, 4), "STAGES": 2,
+        "REGISTERS": 40, "num_warps": 8,
+    }  # fmt: skip
+
+
+def launch_state(
+    grid: tuple[int], k: Tensor, v: Tensor, affine: Affine, step_end: End, initial: State, where: Where,
+    saved: Saved, final: State, T: int, H: int, eps: float, tile: Tile,
+) -> None:  # fmt: skip
+    """Launch the kernel; the arguments are those of `state_kernel`."""
+    hopper_state_kernel[grid](
+        k_ptr=aligned(k), v_ptr=aligned(v), affine=affine, step_end=step_end, initial=initial, where=where,
+        saved=saved, final=final, T=T, H=H, eps=eps, tile=tile, **options(64 if k.shape[-1] <= 64 else 128),
+    )  # fmt: skip
