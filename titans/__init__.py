@@ -3,9 +3,11 @@
 from titans.api import chunk_titans_linear, titans_linear, titans_linear_step
 from titans.arguments import TitansState
 from titans.gates import check_gates
+from titans.layer import TitansLinear
 from titans.validation import check_layout
 
 __all__ = [
+    "TitansLinear",
     "TitansState",
     "__version__",
     "check_gates",
