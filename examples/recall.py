@@ -6,7 +6,9 @@ Four models: the normalised and the plain memory, each with the gates of `Titans
 bias, which is customary.
 
     python examples/recall.py                # draws examples/recall.png
-    python examples/recall.py --seeds 0 1 2  # fails unless our gates reach 0.98 in a minute and the others stay below 0.1
+    python examples/recall.py --seeds 0 1 2
+
+It fails unless our gates reach an accuracy of 0.98 and the three sigmoids stay below 0.1.
 """
 
 from __future__ import annotations
@@ -28,7 +30,6 @@ KEYS = VALUES = 32
 PAIRS = 12
 WIDTH = 64
 BATCH = 32
-CHANCE = 1 / VALUES
 
 
 class SigmoidGates(nn.Linear):
@@ -105,7 +106,7 @@ def draw(curves: dict[str, list[float]], path: Path, window: int = 10) -> None:
     for name, accuracies in curves.items():
         style = "--" if "sigmoids" in name else "-"
         axes.plot([final(accuracies[: i + 1], window) for i in range(len(accuracies))], style, label=name)
-    axes.axhline(CHANCE, color="grey", linewidth=0.5)
+    axes.axhline(1 / VALUES, color="grey", linewidth=0.5)
     axes.set(xlabel="step", ylabel="accuracy", title=f"Recall of {PAIRS} pairs", ylim=(0, 1))
     axes.legend(loc="center left", fontsize="small", frameon=False)
     figure.tight_layout()
@@ -124,12 +125,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         curves = {}
         for sigmoid_gates, norm_memory in product((False, True), (True, False)):
             torch.manual_seed(seed)
-            name, start = title(norm_memory, sigmoid_gates), time.perf_counter()
+            name, start = title(norm_memory, sigmoid_gates), time.process_time()
             curves[name] = train(Model(norm_memory, sigmoid_gates), options.steps, seed, name)
-            accuracy, seconds = final(curves[name]), time.perf_counter() - start
-            is_right = accuracy < 0.1 if sigmoid_gates else accuracy >= 0.98 and seconds <= 60
-            failures += not is_right
-            print(f"seed {seed}, {name}: {accuracy:.3f} in {seconds:.0f} s (chance {CHANCE:.3f})", flush=True)
+            accuracy, seconds = final(curves[name]), time.process_time() - start
+            failures += accuracy >= 0.1 if sigmoid_gates else accuracy < 0.98
+            print(f"seed {seed}, {name}: {accuracy:.3f}, {seconds:.0f} s of CPU (chance {1 / VALUES:.3f})", flush=True)
         draw(curves, options.picture)
     return failures
 
