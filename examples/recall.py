@@ -108,7 +108,7 @@ def draw(curves: dict[str, list[float]], path: Path, window: int = 10) -> None:
         axes.plot([final(accuracies[: i + 1], window) for i in range(len(accuracies))], style, label=name)
     axes.axhline(1 / VALUES, color="grey", linewidth=0.5)
     axes.set(xlabel="step", ylabel="accuracy", title=f"Recall of {PAIRS} pairs", ylim=(0, 1))
-    axes.legend(loc="center left", fontsize="small", frameon=False)
+    axes.legend(loc="center right", fontsize="small", frameon=False)
     figure.tight_layout()
     figure.savefig(path)
 

@@ -10,10 +10,9 @@ from types import ModuleType
 
 import pytest
 import torch
-from torch import Tensor
 
+from tests.examples.fla_gradient import gradient_of_fla
 from titans import layer, recurrent, titans_linear
-from titans.inner import norm
 
 pytest.importorskip("tqdm")
 WHOLE = pytest.mark.skipif(os.environ.get("EXAMPLES") != "whole", reason="minutes; EXAMPLES=whole runs it")
@@ -37,13 +36,6 @@ def accuracy(recall: ModuleType, norm_memory: bool, steps: int) -> float:
 @pytest.mark.parametrize("norm_memory", [True, False], ids=["normalised", "plain"])
 def test_either_memory_learns_to_recall(recall: ModuleType, norm_memory: bool) -> None:
     assert accuracy(recall, norm_memory, steps=110) >= 0.98
-
-
-def gradient_of_fla(y: Tensor, target: Tensor, w: Tensor, b: Tensor, eps: float) -> Tensor:
-    """As in fla-core 0.6.0: the first term, D e, is not divided by D times the standard deviation."""
-    x, r = norm(y, eps)
-    e = (x * w + b - target) * w
-    return y.shape[-1] * e - r * (e.mean(-1, keepdim=True) + x * (e * x).mean(-1, keepdim=True))
 
 
 def test_the_gradient_formula_of_fla_learns_more_slowly(recall: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

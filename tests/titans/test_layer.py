@@ -2,9 +2,12 @@
 
 import copy
 import io
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -569,6 +572,21 @@ def test_correlated_keys_of_a_long_sequence_stay_finite(device: str, norm_memory
         assert state.M.norm() <= v.norm(dim=-1).max() * D**0.5
 
 
+@pytest.mark.parametrize("gates", ["ours", "three sigmoids"])
+def test_correlated_keys_overflow_a_plain_memory_with_the_customary_gates(gates: str) -> None:
+    """T = 2048, keys correlated 0.7, all logits zero or at our start."""
+    T, C, D = 2048, 16, 16
+    generator = torch.Generator().manual_seed(0)
+    k, v = torch.randn(2, 1, T, 1, D, generator=generator)
+    k = 0.7**0.5 * torch.randn(D, generator=generator) + 0.3**0.5 * k
+    k = nn.functional.normalize(k, dim=-1)
+    logs = Gates(1, 1, C)(torch.zeros(1, T, 1)) if gates == "ours" else [torch.full((1, T, 1), 0.5).log()] * 3
+    start = torch.zeros(1, 1, D, D)
+    o, _ = chunk_titans_linear(k, k, v, None, None, *logs, chunk_size=C, initial_state=start, log_gates=True)
+    largest = o.nan_to_num(torch.inf).abs().max()
+    assert largest < v.abs().max() if gates == "ours" else largest > 1e30
+
+
 class Doubled(nn.Module):
     """Stands for a fused module of a user: its own cache, updated in place, and its own activation."""
 
@@ -611,3 +629,29 @@ def test_a_users_convolution_and_norm_take_the_place_of_ours(recorder: Recorder)
     rows = module.v_proj(x).unflatten(-1, (H, D))
     rows[:, 1:] += rows[:, :-1].clone()
     assert torch.equal(whole["arguments"][2], rows)
+
+
+def test_a_layer_of_a_downstream_program_passes_mypy(tmp_path: Path) -> None:
+    pytest.importorskip("mypy")
+    snippet = tmp_path / "downstream.py"
+    snippet.write_text(
+        """
+import torch
+from titans import TitansLinear, TitansState, chunk_titans_linear
+from titans.caches import LayerState
+from titans.compat.fla import chunk_titans_linear as as_fla
+
+layer: TitansLinear = TitansLinear(64, num_heads=4, chunk_size=8)
+x: torch.Tensor = torch.randn(2, 10, 64)
+o, none, state = layer.forward(x, use_cache=True)
+assert isinstance(state, LayerState)
+memory: TitansState = state.detach().to("cpu").memory
+again: torch.Tensor = layer(x, state=state)[0]
+M: torch.Tensor = memory.M
+"""
+    )
+    root = Path(__file__).parents[2]
+    # the cache of `make lint`, so that torch is not analysed anew
+    command = [sys.executable, "-m", "mypy", "--strict", str(snippet)]
+    found = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout
