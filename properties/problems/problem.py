@@ -1,6 +1,6 @@
 """A problem: a small readable descriptor and a seed, from which every tensor of one call of the op is built.
 
-Gates and values are described by short texts, such as `spike 2^-1 0 -2`: see `kinds`.
+Gates and values are described by short texts, such as `spike 2^-1 0 -2`: see `gate_kinds` and `value_kinds`.
 """
 
 import dataclasses
@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from oracle import Cotangents, Inputs
-from properties.problems.kinds import GATES, Array, Tokens, read_gate, read_value
+from properties.problems.gate_kinds import GATES, Tokens, read_gate
+from properties.problems.kinds import Array
+from properties.problems.value_kinds import read_value
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
 HALF = ("bfloat16", "float16")
@@ -46,7 +48,7 @@ class Problem:
     splits : tuple of int
         Where the law of splitting cuts each sequence.
     theta, alpha, eta, q, k, v, w, b, state : str
-        What the gates and values are like; see `kinds`.
+        What the gates and values are like; see `gate_kinds` and `value_kinds`.
     cotangent : str
         Which of `o M S anchor` have a cotangent.
     do : str

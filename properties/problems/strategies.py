@@ -7,8 +7,9 @@ from typing import Any
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from properties.problems.kinds import GATE_KINDS, VALUE_KINDS
+from properties.problems.gate_kinds import GATE_KINDS
 from properties.problems.problem import HALF, Problem
+from properties.problems.value_kinds import VALUE_KINDS
 
 # Gates in [0, 1], mild ones first: ends of the range, last bits of each format, smallest normals and subnormals.
 NEAR_0 = tuple(f"2^-{n}" for n in (2, 3, 4, 8, 11, 16, 24, 25, 53, 64, 126, 133, 149, 1022, 1074, 2000))

@@ -1,5 +1,6 @@
 """Does each law hold for the definition, and does it catch what is wrong with a wrong one?"""
 
+import functools
 import importlib
 import json
 import os
@@ -13,6 +14,7 @@ from xml.etree import ElementTree
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
+from properties.harness.implementations import Implementation
 from properties.harness.laws import PROPERTIES
 from properties.harness.running import LawBroken
 from properties.problems.problem import Problem
@@ -80,7 +82,13 @@ def examine(law: str, definition: Definition, examples: int, shrink: bool = Fals
         max_examples=examples, phases=phases, database=None, derandomize=True, deadline=None,
         report_multiple_bugs=False, suppress_health_check=list(HealthCheck),
     )  # fmt: skip
-    quick(given(problem=PROPERTIES[law].problems)(PROPERTIES[law].check))(implementation(definition))
+    found = PROPERTIES[law]
+
+    @functools.wraps(found.law)
+    def checked(implementation: Implementation, problem: Problem) -> None:
+        found.check(implementation, problem)
+
+    quick(given(problem=found.problems)(checked))(implementation(definition))
 
 
 def test_every_law_has_a_mistake_to_catch() -> None:

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 
 from properties.harness.implementations import CLAIMS
 from properties.harness.running import tensors
-from properties.problems.kinds import read_gate, read_value
+from properties.problems.gate_kinds import read_gate
 from properties.problems.problem import Problem
 from properties.problems.strategies import explicit, problems, split
+from properties.problems.value_kinds import read_value
 
 QUICK = settings(max_examples=200, deadline=None, derandomize=True, database=None)
 
