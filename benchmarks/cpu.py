@@ -143,7 +143,8 @@ def main() -> None:
         rows += [partial(against_fla, Shape(1, 1024, 4, 64, C), min(n, 3)) for C in (64, 16)]
     rows.append(lambda: against_ours(Shape(1, 4096, 4, 64, 64), "recurrent", n))
     rows += [partial(against_ours, Shape(1, 4096, 4, 64, C), "log", n) for C in (64, 16)]
-    for backend in ("chunk", "log"):
+    backends: tuple[Backend, ...] = ("chunk", "log")
+    for backend in backends:
         rows += [partial(backward_against_forward, Shape(1, 1024, 4, 64, C), backend, n) for C in (64, 16)]
     header = ["float32, (B, T, H, D)", "C", "first (ms)", "second (ms)", "second / first", "error against float64"]
     show(header, (row() for row in rows))
