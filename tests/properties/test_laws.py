@@ -14,10 +14,13 @@ from xml.etree import ElementTree
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
+from properties.harness.comparing import Comparison, Found
+from properties.harness.facts import Recorder
 from properties.harness.implementations import Implementation
-from properties.harness.laws import PROPERTIES
+from properties.harness.laws import PROPERTIES, Property
 from properties.harness.running import LawBroken
 from properties.problems.problem import Problem
+from properties.problems.strategies import problems
 from tests.properties import wrong
 from tests.properties.wrong import Definition, implementation
 
@@ -105,6 +108,27 @@ def test_the_definition_obeys(law: str) -> None:
 def test_a_wrong_definition_breaks(law: str, mistake: type[Definition]) -> None:
     with pytest.raises(LawBroken):
         examine(law, mistake(), examples=100)
+
+
+def test_examples_that_exercise_nothing_do_not_count() -> None:
+    def law(implementation: Implementation, problem: Problem) -> Found:
+        # Every fifth problem leaves nothing to compare.
+        return [Comparison("seed", 1)] if problem.seed % 5 else []
+
+    recorder = Recorder()
+    about = Property(law, problems(), frozenset(), 1, about=lambda implementation, problem: problem.seed % 3 > 0)
+    test = about.test(recorder, phases=[Phase.generate], database=None, suppress_health_check=list(HealthCheck))
+    test(implementation(Definition()))
+    assert recorder.facts.compared == settings().max_examples < recorder.facts.calls
+    # Where a failure is replayed, every problem is put before the law.
+    about.replay(Problem(seed=3), replayed := Recorder())(implementation(Definition()))
+    assert replayed.facts.compared == 1
+
+
+def test_a_law_that_returns_nothing_is_an_error() -> None:
+    forgetful: Any = Property(lambda implementation, problem: None, problems(), frozenset(), 1)  # type: ignore[arg-type, return-value]
+    with pytest.raises(TypeError, match="a law must return what it compared"):
+        forgetful.check(implementation(Definition()), Problem())
 
 
 def test_a_failure_says_what_where_and_how_to_see_it_again() -> None:
