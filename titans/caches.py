@@ -5,7 +5,6 @@ Neither package is imported: a cache is known by its methods.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -32,14 +31,11 @@ class LayerState(NamedTuple):
 
     def detach(self) -> LayerState:
         """The same state, cut from the autograd graph."""
-        return self._map(Tensor.detach)
+        return LayerState(self.memory.detach(), tuple(x.detach() for x in self.conv))
 
     def to(self, device: torch.device | str) -> LayerState:
         """The same state on another device."""
-        return self._map(lambda x: x.to(device))
-
-    def _map(self, function: Callable[[Tensor], Tensor]) -> LayerState:
-        return LayerState(TitansState(*map(function, self.memory)), tuple(map(function, self.conv)))
+        return LayerState(self.memory.to(device), tuple(x.to(device) for x in self.conv))
 
 
 # so that torch.load(..., weights_only=True), its default, accepts a saved state

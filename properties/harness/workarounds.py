@@ -1,7 +1,7 @@
 """All that leans on private interfaces: of Hypothesis, of Triton's interpreter, of CPython's frames.
 
-Tried on Hypothesis 6.170.15, Triton 3.7.1 and CPython 3.11. `tests/properties/test_workarounds.py` fails with a sentence
-where one of the interfaces has changed.
+Tried on Hypothesis 6.170.15, Triton 3.7.1 and CPython 3.11. Where one of the interfaces has changed,
+`tests/properties/test_workarounds.py` fails with a sentence.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,6 @@
 """Compile the Hopper kernels for sm_90a, on a machine without a GPU, and print as JSON what became of them.
 
-    python -m tests.titans.compile_hopper
+python -m tests.titans.compile_hopper
 """
 
 import json

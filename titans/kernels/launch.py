@@ -133,9 +133,9 @@ def state(plan: Plan, step_end: End, saved: Saved) -> State:
     if hopper.stages_of(call).state:
         from titans.kernels.hopper.state import launch_state
 
+        _, T, H, _ = call.q.shape
         launch_state(
-            plan.chains, call.k, call.v, affine, step_end, initial, plan.where, saved, final, *call.q.shape[1:3], call.eps,
-            plan.tile,
+            plan.chains, call.k, call.v, affine, step_end, initial, plan.where, saved, final, T, H, call.eps, plan.tile,
         )  # fmt: skip
         return final
     state_kernel[plan.chains](
