@@ -112,10 +112,10 @@ def load_inner_gradient(k, v_ptr, saved, w, b, block, tile: tl.constexpr):
 @triton.jit
 def inner_gradient_vjp(du, x, r, e, mean_e, c, w, tile: tl.constexpr):
     """Eq. (12): the cotangents de and dy, y = k A, of that of u."""
-    dg = du * r
-    dr, mean_dg, mean_dg_x = three_means(du * (less_mean(e, mean_e, tile) - x * c), dg, dg * x, tile)
-    de = less_mean(dg, mean_dg, tile) - mean_dg_x * x
-    dx = de * w * w - mean_dg_x * e - dg * c
+    dp = du * r
+    dr, mean_dp, mean_dp_x = three_means(du * (less_mean(e, mean_e, tile) - x * c), dp, dp * x, tile)
+    de = less_mean(dp, mean_dp, tile) - mean_dp_x * x
+    dx = de * w * w - mean_dp_x * e - dp * c
     mean_dx, mean_dx_x = two_means(dx, dx * x, tile)
     # x has mean 0
     return de, r * (less_mean(dx, mean_dx, tile) - x * mean_dx_x) - x * (r * r * dr)
