@@ -25,8 +25,7 @@ import torch
 from hypothesis import Phase, settings
 
 from faults.answers import keep_answers
-from faults.catalogue import FAULTS
-from faults.plant import ROOT, Fault, plant
+from faults.plant import ROOT, Fault, load, plant
 from properties.harness.draws import COMMON
 from properties.harness.facts import Recorder
 from properties.harness.implementations import Implementation, implementation, share_of
@@ -149,7 +148,7 @@ def main() -> int:
     parser.add_argument("-n", type=int, default=len(os.sched_getaffinity(0)), help="processes (one per core)")
     parser.add_argument("--json", type=Path, help="write the outcomes here, too")
     options = parser.parse_args()
-    faults = [fault for fault in FAULTS if options.select in fault.name]
+    faults = [fault for fault in load() if options.select in fault.name]
     outcomes = []
     # A fresh child for each: a fault is planted where the op has never been imported.
     assert "titans" not in sys.modules

@@ -1,8 +1,9 @@
-"""Plant a fault: import a module from a changed copy of its source."""
+"""Planted faults: read them from `mutants/`, and import `titans` with one of them in its source."""
 
 import importlib.util
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -10,62 +11,99 @@ from types import ModuleType
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+MUTANTS = Path(__file__).parent / "mutants"
+
+
+@dataclass(frozen=True)
+class Hunk:
+    """Lines of a source that stand there once, and the lines of the mutant.
+
+    Line numbers do not count: what is found by its text follows the code when lines are added elsewhere.
+    """
+
+    before: str
+    after: str
+
+    @classmethod
+    def parse(cls, text: str) -> "Hunk":
+        """Read the lines of a unified diff below its @@ line."""
+        lines = text.splitlines(keepends=True)
+        return cls(*("".join(line[1:] for line in lines if line[0] in kinds) for kinds in (" -", " +")))
+
+    def apply(self, source: str, path: str) -> str:
+        """Return the source with the mutant's lines, or raise ValueError."""
+        if (count := source.count(self.before)) != 1:
+            raise ValueError(f"these lines must stand once in {path}, found {count} times:\n{self.before}")
+        return source.replace(self.before, self.after)
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A small change of one module, of a kind that is made by mistake.
+    """A mutant of the op: a small change of a kind that is made by mistake.
 
     Parameters
     ----------
     name : str
         Says what is wrong.
-    module : str
-        Where, inside `titans`: "chunk" is `titans/chunk.py`.
-    changes : tuple of (str, str)
-        Fragments of its source, each of which occurs exactly once, and what stands there instead.
-    laws : tuple of str
-        Those that must notice, without their `test_`.
     backend : str
         The one to verify.
+    laws : tuple of str
+        Those that must notice, without their `test_`.
+    changes : dict of str: tuple of Hunk
+        By path, from the root of the repository.
     """
 
     name: str
-    module: str
-    changes: tuple[tuple[str, str], ...]
+    backend: str
     laws: tuple[str, ...]
-    backend: str = "chunk"
+    changes: Mapping[str, tuple[Hunk, ...]]
 
-    @property
-    def path(self) -> Path:
-        """The file that is changed."""
-        return ROOT / "titans" / f"{self.module.replace('.', '/')}.py"
+    @classmethod
+    def parse(cls, text: str) -> "Fault":
+        """Read a patch: lines `fault:`, `backend:` and `law:`, then a unified diff."""
+        head, *files = re.split(r"^--- a/", text, flags=re.MULTILINE)
+        fields: dict[str, list[str]] = {"fault": [], "backend": [], "law": []}
+        for line in head.splitlines():
+            key, _, value = line.partition(": ")
+            fields[key].append(value)
+        (name,), (backend,) = fields["fault"], fields["backend"]
+        changes = {}
+        for file in files:
+            _, *hunks = re.split(r"^@@.*\n", file, flags=re.MULTILINE)
+            changes[file.partition("\n")[0]] = tuple(map(Hunk.parse, hunks))
+        return cls(name, backend, tuple(fields["law"]), changes)
 
-    def source(self) -> str:
-        """Return the changed source.
+    def sources(self) -> dict[str, str]:
+        """Return the changed sources by their paths.
 
         Raises
         ------
         ValueError
-            If a fragment does not occur exactly once: the module has changed, and so must the catalogue.
+            If a hunk does not fit: the code has changed, and so must the patch.
         """
-        text = self.path.read_text()
-        for old, new in self.changes:
-            if (count := text.count(old)) != 1:
-                raise ValueError(f"{self.name!r}: a fragment must occur once in {self.path}, got {count} of {old!r}")
-            text = text.replace(old, new)
-        return text
+        sources = {}
+        for path, hunks in self.changes.items():
+            source = (ROOT / path).read_text()
+            for hunk in hunks:
+                source = hunk.apply(source, path)
+            sources[path] = source
+        return sources
+
+
+def load() -> tuple[Fault, ...]:
+    """Return all planted faults, folder by folder."""
+    return tuple(Fault.parse(path.read_text()) for path in sorted(MUTANTS.rglob("*.patch")))
 
 
 class Planted:
-    """A finder of one module, which takes it from another file."""
+    """A finder of some modules, which takes them from other files."""
 
-    def __init__(self, name: str, path: Path) -> None:
-        self.name, self.path = name, path
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        self.files = files
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """Find the changed module."""
-        return importlib.util.spec_from_file_location(name, self.path) if name == self.name else None
+        """Find a changed module."""
+        return importlib.util.spec_from_file_location(name, self.files[name]) if name in self.files else None
 
 
 def plant(fault: Fault, folder: Path) -> None:
@@ -84,7 +122,10 @@ def plant(fault: Fault, folder: Path) -> None:
     """
     if "titans" in sys.modules:
         raise RuntimeError("`titans` must not be imported before a fault is planted")
-    path = folder / fault.path.name
-    path.write_text(fault.source())
-    finder: Any = Planted(f"titans.{fault.module}", path)
+    files = {}
+    for path, source in fault.sources().items():
+        module = path.removesuffix(".py").replace("/", ".")
+        files[module] = folder / f"{module}.py"
+        files[module].write_text(source)
+    finder: Any = Planted(files)
     sys.meta_path.insert(0, finder)
