@@ -128,6 +128,11 @@ def _know_dtensor() -> None:
         sharding.register()
 
 
+# `torch.compiler.assume_constant_result`, by the one line of it that does not import all of Dynamo: a compiled call
+# registers the rules while it is traced
+_know_dtensor._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def titans_linear(
     q: Tensor,
     k: Tensor,

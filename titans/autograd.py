@@ -11,6 +11,7 @@ four tenths of the host's time in a recorded forward.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, get_type_hints
@@ -41,12 +42,19 @@ if "library" not in vars(_operators):
 _library: Any = _operators.library
 
 
+def _implement(name: str, run: Callable[..., Any], key: str) -> None:
+    with warnings.catch_warnings():
+        # that the module was loaded before
+        warnings.filterwarnings("ignore", message="(?s).*Overriding a previously registered kernel")
+        _library.impl(name, run, key, allow_override=True)
+
+
 def _define(name: str, arguments: str, results: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """Register an operator, and return it."""
     if not hasattr(_operators, name):
         _library.define(f"{name}({arguments}) -> ({results})")
     # for devices of any kind
-    _library.impl(name, run, "CompositeExplicitAutograd", allow_override=True)
+    _implement(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"titans::{name}", fake, lib=_library, allow_override=True)
     operator = getattr(_operators, name).default
     torch.library.register_vmap(f"titans::{name}", over_heads(operator), lib=_library)
@@ -94,7 +102,7 @@ def _differentiate(
             return record(*arguments)
         return _below_autograd(operator, arguments)
 
-    _library.impl(name.removeprefix("titans::"), run, "Autograd", allow_override=True)
+    _implement(name.removeprefix("titans::"), run, "Autograd")
 
 
 def _below_autograd(operator: Any, arguments: tuple[Any, ...]) -> Any:

@@ -173,7 +173,8 @@ def state_vjp(
     refreshed = x.pieces.refreshed[:, None, None, None]
     dM, dS, dA = torch.where(refreshed, dM + danchor, dM)[order], dS[order], torch.where(refreshed, 0, danchor)[order]
     dtarget = torch.empty_like(u)
-    dw, db = (None, None) if x.w is None else (torch.empty_like(u[:, :, 0]), torch.empty_like(u[:, :, 0]))
+    K, H, _, D = u.shape
+    dw, db = (None, None) if x.w is None else (u.new_empty(K, H, D), u.new_empty(K, H, D))
     for i, now in reversed(list(enumerate(x.pieces.steps))):
         live = slice(0, now.stop - now.start)
         beta, f, m, n, G = (row[now] for row in end)

@@ -1,6 +1,5 @@
 """What the public functions add to the stages: states, autocast, autograd, compilation, and the choice of a backend."""
 
-import io
 from collections.abc import Callable
 from typing import Any
 
@@ -9,8 +8,6 @@ import torch
 from torch import Tensor
 
 from titans import TitansState, check_gates, chunk_titans_linear, titans_linear, titans_linear_step
-from titans.arguments import Call
-from titans.autograd import chunked, step
 
 B, T, H, D, C = 3, 7, 2, 4, 3
 NAMES = ("q", "k", "v", "w", "b", "theta", "alpha", "eta")
@@ -112,19 +109,6 @@ def test_nothing_to_do_is_no_error(backend: str) -> None:
         assert final.offset.shape == (N,)
 
 
-def test_a_saved_and_loaded_state_resumes_the_sequence() -> None:
-    _, final = chunk_titans_linear(**arguments())
-    assert final is not None
-    file = io.BytesIO()
-    torch.save(final, file)
-    file.seek(0)
-    loaded = torch.load(file)
-    assert isinstance(loaded, TitansState)
-    assert same([*loaded], [*final])
-    resumed, again = (results(chunk_titans_linear, arguments(initial_state=x)) for x in (loaded, final))
-    assert same(resumed, again)
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_offset_counts_the_tokens_of_the_running_chunk(backend: str) -> None:
     """T = 7 tokens, C = 3, from offsets 0, 1 and 2; packed, of 3, 0 and 4 tokens."""
@@ -137,24 +121,6 @@ def test_the_offset_counts_the_tokens_of_the_running_chunk(backend: str) -> None
         _, final = chunk_titans_linear(**given, backend=backend)
         assert final is not None
         assert final.offset.tolist() == ends
-
-
-def test_a_detached_state_ends_the_graph() -> None:
-    given = arguments()
-    given["k"].requires_grad_()
-    _, final = chunk_titans_linear(**given)
-    assert final is not None
-    assert final.M.requires_grad
-    cut = final.detach()
-    assert isinstance(cut, TitansState)
-    assert not any(x.requires_grad for x in cut)
-    assert same([*cut], [x.detach() for x in final])
-
-
-def test_a_state_moves_as_a_whole() -> None:
-    moved = state().to("meta")
-    assert isinstance(moved, TitansState)
-    assert {x.device.type for x in moved} == {"meta"}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -220,34 +186,6 @@ def test_a_compiled_step_gives_the_eager_bits() -> None:
     o, final = torch.compile(titans_linear_step, fullgraph=True, backend="aot_eager")(*step)
     o_too, final_too = titans_linear_step(*step)
     assert same([o, *final], [o_too, *final_too])
-
-
-def operands(given: Arguments, offset: Tensor | None) -> Call:
-    """Arguments of the operator behind the chunked backends."""
-    leaves = [given[name].clone().requires_grad_() for name in NAMES]
-    states = [x.clone().requires_grad_() for x in state()[:3]]
-    return Call(*leaves, *states, offset, given.get("cu_seqlens"), 0.25, C, False)
-
-
-@pytest.mark.parametrize("offset", [None, state().offset], ids=["fresh", "resumed"])
-@pytest.mark.parametrize("given", [arguments(), packed()], ids=["batch", "packed"])
-@pytest.mark.parametrize("backend", ["chunk", "log"])
-def test_the_operator_keeps_its_promises_to_pytorch(given: Arguments, offset: Tensor | None, backend: str) -> None:
-    """Schema, autograd and fake tensors, whose shapes must not depend on values."""
-    torch.library.opcheck(chunked, (*operands(given, offset), backend))
-
-
-@pytest.mark.parametrize("offset", [None, state().offset], ids=["fresh", "resumed"])
-@pytest.mark.parametrize("given", [arguments(T=2), packed()], ids=["batch", "packed"])
-@pytest.mark.parametrize("backend", [INTERPRETED])
-def test_the_kernels_fill_the_shapes_that_were_promised(given: Arguments, offset: Tensor | None, backend: str) -> None:
-    torch.library.opcheck(chunked, (*operands(given, offset), backend), test_utils="test_faketensor")
-
-
-@pytest.mark.parametrize("offset", [None, state().offset], ids=["fresh", "resumed"])
-@pytest.mark.parametrize("backend", [INTERPRETED])
-def test_the_step_keeps_its_promises_to_pytorch(offset: Tensor | None, backend: str) -> None:
-    torch.library.opcheck(step, (*operands(arguments(T=1), offset),))
 
 
 @pytest.mark.parametrize("backend", [INTERPRETED])
