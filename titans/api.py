@@ -119,7 +119,6 @@ def _run(call: Call, backend: Backend) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return o, M, S, anchor
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _know_dtensor() -> None:
     """Register the sharding rules once DTensor is in use."""
     if "torch.distributed.tensor" in sys.modules:

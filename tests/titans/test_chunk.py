@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from properties.harness.comparing import check, is_unsure, radii
 from properties.harness.implementations import implementation
@@ -149,3 +151,31 @@ def test_the_saved_states_are_those_the_pieces_start_from(offset: int | None) ->
         assert torch.equal(S0[mine], S)
     assert not M0[len(starts) * N :].any()
     assert not S0[len(starts) * N :].any()
+
+
+class Largest(TorchDispatchMode):
+    """Notes the size of the largest tensor that an operation returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **kwargs or {})
+        for x in result if isinstance(result, tuple | list) else [result]:
+            self.numel = max(self.numel, x.numel() if isinstance(x, Tensor) else 0)
+        return result
+
+
+@pytest.mark.parametrize("log_space", [False, True])
+@pytest.mark.parametrize("case", [(100, 7, 1024), (4000, 1, 64), (1, 20, 10**4), (1, 20, 10**9)], ids=str)
+def test_work_follows_the_longest_piece_and_not_the_chunk(case: tuple[int, int, int], log_space: bool) -> None:
+    """The largest tensors are states, tokens, and the coefficients of pieces of L tokens: (L + 1, K, H, L + 2)."""
+    K, L, chunk_size = case
+    tokens, gates = (integers(1, K * L, H, D) for _ in range(3)), (integers(1, K * L, H).abs() / 4 for _ in range(3))
+    M, S, anchor = (integers(K, H, D, D) for _ in range(3))
+    bounds = torch.arange(K + 1) * L
+    call = Call(*tokens, None, None, *gates, M, S, anchor, None, bounds, 1.0, chunk_size, False)
+    largest = Largest()
+    with largest:
+        o, *final, M0, S0 = chunk.forward(call, log_space)
+        chunk.backward(call, log_space, M0, S0, o, *final)
+    assert largest.numel <= max((L + 1) * K * H * (L + 2), K * L * H * D, K * H * D * D)

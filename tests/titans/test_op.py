@@ -1,13 +1,15 @@
 """What the public functions add to the stages: states, autocast, autograd, compilation, and the choice of a backend."""
 
+import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_type_hints
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from titans import TitansState, check_gates, chunk_titans_linear, titans_linear, titans_linear_step
+from titans import TitansState, check_gates, check_layout, chunk_titans_linear, titans_linear, titans_linear_step
 
 B, T, H, D, C = 3, 7, 2, 4, 3
 NAMES = ("q", "k", "v", "w", "b", "theta", "alpha", "eta")
@@ -264,3 +266,85 @@ def test_the_first_value_out_of_range_is_found(name: str, log_gates: bool) -> No
         gates[name][1, 2] = value
         with pytest.raises(ValueError, match=rf"`{name}` .*\(1, 2\)"):
             check_gates(**gates, log_gates=log_gates)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_rounds_before_dtypes_are_compared(backend: str) -> None:
+    """As attention does: under autocast one of three may be float32, as that of `torch.nn.functional.normalize` is."""
+    given = arguments(backend=backend)
+    by_hand = given | {name: given[name].bfloat16() for name in "qkv"}
+    mixed = by_hand | {"k": given["k"]}
+    with pytest.raises(TypeError, match="`k`"):
+        chunk_titans_linear(**mixed)
+    with torch.autocast("cpu", torch.bfloat16):
+        o, final = chunk_titans_linear(**mixed)
+        token = {f"{name}_t": mixed[name][:, 0] for name in ("q", "k", "v", "theta", "alpha", "eta")}
+        assert titans_linear_step(**token, w=None, b=None, state=None)[0].dtype == torch.bfloat16
+        half = state().to(torch.bfloat16)
+        chunk_titans_linear(**mixed | {name: given[name].half() for name in ("w", "b", "theta")}, initial_state=half)
+    assert final is not None
+    o_too, final_too = chunk_titans_linear(**by_hand)
+    assert same([o, *final], [o_too, *final_too])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_options_are_numbers_of_any_library(backend: str) -> None:
+    given = arguments(backend=backend)
+    numbers = {"eps": np.float32(0.25), "chunk_size": np.int64(C)}
+    (o, final), (o_too, final_too) = (chunk_titans_linear(**given | options) for options in ({}, numbers))
+    assert final is not None
+    assert final_too is not None
+    assert same([o, *final], [o_too, *final_too])
+    assert final.chunk_size == final_too.chunk_size
+    assert type(final_too.chunk_size) is int
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("eps", [2.0**-149, 2.0**-126, 2.0**100])
+def test_an_eps_that_float32_holds_gives_finite_results(eps: float, backend: str) -> None:
+    given = arguments(eps=eps, backend=backend, T=2)
+    assert all(x.isfinite().all() for x in results(chunk_titans_linear, given)[:4])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("chunk_size", [2**31, 2**62, 2**63 - 1])
+@pytest.mark.parametrize("make", [arguments, packed])
+def test_one_chunk_for_everything(make: Callable[..., Arguments], chunk_size: int, backend: str) -> None:
+    """Is a chunk of T + C tokens, for a sequence that is no longer, from wherever it resumes."""
+    given = make(backend=backend)
+    ends = [chunk_titans_linear(**given | {"chunk_size": size}) for size in (chunk_size, 2 * T)]
+    assert same(*([o, *final] for o, final in ends))
+    resumed = make(backend=backend, initial_state=state()._replace(offset=torch.tensor([0, 5, 2])))
+    (o, final), (o_too, final_too) = (
+        chunk_titans_linear(**resumed | {"chunk_size": size}) for size in (chunk_size, 32)
+    )
+    assert same([o, *final], [o_too, *final_too])
+
+
+def test_the_definition_has_the_signature_of_the_op_but_for_the_backend() -> None:
+    ours, all_ = (inspect.signature(function).parameters for function in (titans_linear, chunk_titans_linear))
+    assert list(ours.values()) == [parameter for name, parameter in all_.items() if name != "backend"]
+    assert "Literal" in str(get_type_hints(chunk_titans_linear)["backend"])
+
+
+def test_the_layout_is_checked_on_request() -> None:
+    q = torch.empty(B, T, H, D)
+    check_layout(q)
+    check_layout(q, heads=H)
+    check_layout(q.transpose(1, 2), heads=T)
+    for heads, hint in ((None, "transpose"), (H, "transpose"), (H + 1, str(H + 1))):
+        with pytest.raises(ValueError, match=f"`q`.*{hint}"):
+            check_layout(q.transpose(1, 2), heads)
+    with pytest.raises(ValueError, match="`q`"):
+        check_layout(q[0])
+    with pytest.raises(TypeError, match=r"`q`.*list"):
+        check_layout([1.0])  # type: ignore[arg-type]
+
+
+def test_a_compiled_call_does_not_mind_that_dtensor_is_in_use() -> None:
+    import torch.distributed.tensor
+
+    given = arguments(backend="chunk")
+    torch._dynamo.reset()
+    compiled = torch.compile(chunk_titans_linear, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(**given)[0], chunk_titans_linear(**given)[0])

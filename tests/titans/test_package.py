@@ -31,6 +31,7 @@ def test_the_wheel_holds_titans_alone(tmp_path: Path) -> None:
     folders = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
     version = wheel.name.split("-")[1]
     assert folders == {"titans", f"titans_linear-{version}.dist-info"}
+    assert version == titans.__version__
 
 
 @pytest.mark.parametrize(("package", "other"), [("titans", "oracle"), ("oracle", "titans")])
