@@ -1,7 +1,7 @@
 """A-posteriori radii hold for the exact result and at the worst signs, are no looser than the balls, and judge."""
 
 from collections import Counter
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -36,28 +36,29 @@ WORST_SIGNS = 1 / 2
 
 
 def chunk(
-    D: int, L: int, plain: bool = False, log_gates: bool = False, dtype: torch.dtype = torch.float32
+    D: int, L: int, *, heads: int = 2, plain: bool = False, log_gates: bool = False, dtype: torch.dtype = torch.float32
 ) -> tuple[oracle.Inputs, oracle.Cotangents]:
-    """One whole chunk of two heads with a state of its own, as a trained layer has it."""
+    """One whole chunk with a state of its own, as a trained layer has it."""
     generator = torch.Generator().manual_seed(D + L)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    q, k, v = normal(3, 1, L, 2, D)
+    q, k, v = normal(3, 1, L, heads, D)
     q, k = (x / x.norm(dim=-1, keepdim=True) for x in (q, k))
-    theta, alpha, eta = torch.rand(3, 1, L, 2, generator=generator) * torch.tensor([0.02, 0.1, 1])[:, None, None, None]
+    largest = torch.tensor([0.02, 0.1, 1])[:, None, None, None]
+    theta, alpha, eta = torch.rand(3, 1, L, heads, generator=generator) * largest
     if log_gates:
         theta, alpha, eta = theta.log(), torch.log1p(-alpha), eta.log()
-    M, S, anchor, *final = normal(6, 1, 2, D, D) / D**0.5
+    M, S, anchor, *final = normal(6, 1, heads, D, D) / D**0.5
     inputs = oracle.Inputs(
         *(x.to(dtype) for x in (q, k, v)),
-        None if plain else (1 + normal(2, D) / 10).to(dtype),
-        None if plain else (normal(2, D) / 10).to(dtype),
+        None if plain else (1 + normal(heads, D) / 10).to(dtype),
+        None if plain else (normal(heads, D) / 10).to(dtype),
         *(x.to(dtype) for x in (theta, alpha, eta)),
         chunk_size=L, M=M, S=S / 10, anchor=anchor, log_gates=log_gates,
     )  # fmt: skip
-    return inputs, oracle.Cotangents(normal(1, L, 2, D).to(dtype), *(x * D**0.5 for x in final))
+    return inputs, oracle.Cotangents(normal(1, L, heads, D).to(dtype), *(x * D**0.5 for x in final))
 
 
 def by_name(output: Any, gradient: Any, state: Any = None) -> dict[str, Any]:
@@ -133,7 +134,7 @@ def test_special_values_lie_within_a_finite_radius(case: str) -> None:
 
 @pytest.mark.parametrize("kind", [{}, {"plain": True}, {"log_gates": True}])
 def test_real_chunk_lies_within_the_radius(kind: dict[str, bool]) -> None:
-    inputs, cotangents = chunk(32, 32, **kind)
+    inputs, cotangents = chunk(32, 32, heads=1, **kind)
     ratios = worst_ratio(enclose(inputs, cotangents, EXACT), exact(inputs, cotangents))
     assert max(ratios.values()) <= 1, ratios
     for backend in ("chunk", "log"):
@@ -157,7 +158,7 @@ def test_radius_is_no_looser_than_the_balls(plain: bool) -> None:
 
 
 def test_radius_of_a_real_chunk_is_far_tighter_than_the_balls() -> None:
-    inputs, cotangents = chunk(32, 32)
+    inputs, cotangents = chunk(32, 32, heads=1)
     enclosure = enclose(inputs, cotangents, FLOAT32)
     balls = by_name(*gradient_radius(inputs, cotangents, FLOAT32))
     for name in ("dk", "dv", "dw", "db", "dtheta", "dalpha", "deta"):
@@ -217,30 +218,38 @@ class Shaken(Tape):
         return super()._cut(source, size, radius)
 
 
-def test_errors_at_the_worst_signs_stay_within_the_radius_and_come_close(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("D", "L", "unit", "names"),
+    [
+        (8, 16, 2.0**-24, ("o", "dq", "dk", "dv", "dw", "dtheta", "dalpha", "deta", "dM", "danchor")),
+        (4, 6, 2.0**-14, ("o", "dk", "db", "dalpha", "dS")),
+        (32, 32, 2.0**-24, ("dk",)),
+    ],
+)
+def test_errors_at_the_worst_signs_stay_within_the_radius_and_come_close(
+    D: int, L: int, unit: float, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(pieces, "Tape", Shaken)
-    for D, L, unit in ((8, 16, 2.0**-24), (32, 32, 2.0**-24), (4, 6, 2.0**-14)):
-        inputs, cotangents = chunk(D, L)
-        arithmetic = replace(FLOAT32, unit=unit)
-        monkeypatch.setattr(Shaken, "moves", None)
-        (batch,) = batches(inputs, cotangents, arithmetic)
-        tape = batch.piece.tape
-        sources = [error for error in tape.errors if error.source is None or error.size.any()]
-        for name in set(NORMALISED) - {"M", "S", "anchor"}:
-            value = batch.piece.results[name].polynomial.value
-            functional = torch.zeros(1, *value.shape, dtype=torch.float64)
-            functional.flatten(2)[..., 0] = 1
-            adjoints = dict(zip(map(id, tape.errors), tape.adjoints(value, functional), strict=True))
-            found = [adjoints[id(error)] for error in sources]
-            signs = [torch.zeros_like(e.at) if x is None else x[0].sign() for x, e in zip(found, sources, strict=True)]
-            radius = tape.chained(value, functional)[0]
-            for sign in (1, -1):
-                moves = [sign * s * allowed for s, allowed in zip(signs, tape.allowed, strict=True)]
-                monkeypatch.setattr(Shaken, "moves", moves)
-                (shaken,) = batches(inputs, cotangents, arithmetic)
-                shift = (shaken.piece.results[name].polynomial.value - value).flatten(1)[:, 0].abs()
-                assert (shift <= radius).all(), name
-                assert (shift >= WORST_SIGNS * radius).all(), (name, shift / radius)
+    monkeypatch.setattr(Shaken, "moves", None)
+    inputs, cotangents = chunk(D, L, heads=1)
+    arithmetic = replace(FLOAT32, unit=unit)
+    (batch,) = batches(inputs, cotangents, arithmetic)
+    tape = batch.piece.tape
+    moved = [error.source is None or bool(error.size.any()) for error in tape.errors]
+    for name in names:
+        value = batch.piece.results[name].polynomial.value
+        functional = torch.zeros(1, *value.shape, dtype=torch.float64)
+        functional.flatten(2)[..., 0] = 1
+        adjoints = tape.adjoints(value, functional)
+        signs = [0.0 if x is None else x[0].sign() for x, is_moved in zip(adjoints, moved, strict=True) if is_moved]
+        radius = tape.chained(value, functional)[0]
+        for sign in (1, -1):
+            moves = [sign * s * allowed for s, allowed in zip(signs, tape.allowed, strict=True)]
+            monkeypatch.setattr(Shaken, "moves", moves)
+            (shaken,) = batches(inputs, cotangents, arithmetic)
+            shift = (shaken.piece.results[name].polynomial.value - value).flatten(1)[:, 0].abs()
+            assert (shift <= radius).all(), name
+            assert (shift >= WORST_SIGNS * radius).all(), name
 
 
 def test_remainder_of_a_polynomial_is_exact_for_positive_leaves() -> None:
@@ -486,3 +495,31 @@ def test_a_log_gates_rounded_argument_is_charged_on_every_use() -> None:
     cotangents = oracle.Cotangents(o=0 * one)
     enclosure = enclose(inputs, cotangents, FLOAT32)
     assert (enclosure.radius["M"] >= 2 * EXP_ARGUMENT * 20 * FLOAT32.unit * enclosure.values["M"]).all()
+
+
+def test_roundings_of_the_reverse_pass_are_in_every_radius() -> None:
+    """(B13): what a segment inherits is known up to N 2^-53 of it."""
+    N = 2.0**20
+    tape = Tape(EXACT, N)
+    inherited = tape.enter(row(1), row(1))
+    assert tape.local(inherited, 0).first == 1 + N * FLOAT64.unit
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_device_changes_no_verdict() -> None:
+    inputs, cotangents = chunk(32, 32)
+    devices = []
+    for device in ("cpu", "cuda"):
+        moved = [
+            replace(x, **{f.name: y.to(device) for f in fields(x) if isinstance(y := getattr(x, f.name), Tensor)})
+            for x in (inputs, cotangents)
+        ]
+        devices.append((*moved, op(*moved, "chunk")))
+    (cpu, cuda), exactly = (enclose(x, d, FLOAT32) for x, d, _ in devices), enclose(inputs, cotangents, EXACT).radius
+    for name in NORMALISED:
+        difference = (cpu.values[name] - cuda.values[name].cpu()).abs()
+        assert (difference <= 2 * exactly[name]).all(), name
+        assert (cuda.radius[name].cpu() <= SLACK * cpu.radius[name]).all(), name
+    for given, cotangent, results in devices:
+        assert max(verdict.ratio for verdict in judge(given, cotangent, FLOAT32, results)) <= 1
