@@ -84,7 +84,8 @@ def op(inputs: oracle.Inputs, cotangents: oracle.Cotangents, backend: str) -> di
     """Results and gradients of a backend."""
     leaves = {name: getattr(inputs, name) for name in GRADIENTS}
     leaves = {name: x.clone().requires_grad_() for name, x in leaves.items() if x is not None}
-    state = TitansState(leaves["M"], leaves["S"], leaves["anchor"], torch.tensor(inputs.offsets))
+    offset = torch.tensor(inputs.offsets, device=inputs.q.device)
+    state = TitansState(leaves["M"], leaves["S"], leaves["anchor"], offset)
     o, final = chunk_titans_linear(
         *(leaves.get(name) for name in ("q", "k", "v", "w", "b", "theta", "alpha", "eta")),
         inputs.eps, inputs.chunk_size, state, True, log_gates=inputs.log_gates, backend=backend,
@@ -303,7 +304,16 @@ def test_one_wrong_element_of_any_result_is_seen(kind: dict[str, bool], fault: s
         at = wrong.numel() // 3
         wrong.view(-1)[at] += torch.nan if fault == "nan" else 10 * enclosure.radius[name].flatten()[at]
         verdicts = judge(inputs, cotangents, FLOAT32, right | {name: wrong})
-        assert {verdict.result for verdict in verdicts if verdict.ratio > 1} == {name}
+        found = [verdict for verdict in verdicts if verdict.ratio > 1]
+        assert {verdict.result for verdict in found} == {name}
+        index = np.unravel_index(at, wrong.shape)
+        places = {"elements": index}
+        if name in ("o", "dq", "dk", "dv"):
+            # one sequence, whose tokens are those of the call
+            places |= {"samples": (0, index[2], index[1], index[3]), "rows": (0, index[2], index[1])}
+        elif name in ("dM", "dS", "danchor"):
+            places |= {"samples": index, "rows": index[:3]}
+        assert all(verdict.index == places[verdict.kind] for verdict in found)
 
 
 def test_no_element_escapes_the_projection_of_its_row() -> None:
@@ -402,10 +412,12 @@ def test_an_implementation_is_judged_from_its_own_states_at_the_ends_of_chunks()
     assert {verdict.result for verdict in judge(pieces, cotangents, FLOAT32, results) if verdict.ratio > 1} == {"M"}
 
 
-def test_a_sequence_of_two_chunks_is_refused() -> None:
+def test_calls_that_cannot_be_judged_are_refused() -> None:
     inputs, cotangents = chunk(4, 5)
     with pytest.raises(ValueError, match="sequence 0 must have 1 to 4 tokens, got 5"):
         enclose(replace(inputs, chunk_size=4), cotangents, FLOAT32)
+    with pytest.raises(ValueError, match=r"`dtheta` must have shape \(1, 5, 2\), got \(1, 5, 2, 1\)"):
+        judge(inputs, cotangents, FLOAT32, {"dtheta": inputs.theta[..., None]})
     with pytest.raises(ValueError, match="exact in the arithmetic"):
         enclose(replace(inputs, q=inputs.q.double()), cotangents, FLOAT32)
 
@@ -455,11 +467,11 @@ def test_float64_is_bounded_too() -> None:
 
 
 def test_ratio_of_a_verdict() -> None:
-    assert Verdict("o", "rows", 1, 0, 2.0, 1.0).ratio == 2
-    assert Verdict("o", "rows", 1, 0, 0.0, 0.0).ratio == 0
-    assert Verdict("o", "rows", 1, 0, 1.0, 0.0).ratio == np.inf
-    assert Verdict("o", "rows", 1, 0, np.inf, 1.0).ratio == np.inf
-    assert Verdict("o", "rows", 1, 1, np.inf, np.inf).ratio == 0
+    assert Verdict("o", "rows", 1, 0, 2.0, 1.0, (0,)).ratio == 2
+    assert Verdict("o", "rows", 1, 0, 0.0, 0.0, (0,)).ratio == 0
+    assert Verdict("o", "rows", 1, 0, 1.0, 0.0, (0,)).ratio == np.inf
+    assert Verdict("o", "rows", 1, 0, np.inf, 1.0, (0,)).ratio == np.inf
+    assert Verdict("o", "rows", 1, 1, np.inf, np.inf, (0,)).ratio == 0
 
 
 def row(*entries: float) -> Tensor:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,8 +31,11 @@ class Verdict:
         "rows": random signs times a row, against sharp radii.
     count, empty : int
         How many comparisons there were, and in how many the radius exceeds the largest value of the result.
+        All are empty where the result is 0.
     error, radius : float
         Of the worst comparison, that of the largest error / radius.
+    index : tuple of int
+        Where that is: of "elements" in the result; else the sequence, the head, and the row or element there.
     """
 
     result: str
@@ -40,6 +44,7 @@ class Verdict:
     empty: int
     error: float
     radius: float
+    index: tuple[int, ...]
 
     @property
     def ratio(self) -> float:
@@ -78,9 +83,17 @@ def judge(
     Returns
     -------
     list of Verdict
+
+    Raises
+    ------
+    ValueError
+        As `enclose` does, and if a result has another shape than that of the call.
     """
     generator = torch.Generator().manual_seed(seed)
     builder, verdicts = Builder(inputs, arithmetic), list[Verdict]()
+    for name, x in results.items():
+        if x.shape != builder.values[name].shape:
+            raise ValueError(f"`{name}` must have shape {tuple(builder.values[name].shape)}, got {tuple(x.shape)}")
     for batch in batches(inputs, cotangents, arithmetic):
         builder.add(batch, lambda name: name in FEW)
         for name in results:
@@ -105,13 +118,23 @@ def _projections(
     picks = _samples(size, size / (x.radius + extra).flatten(1), samples, generator)
     signs = torch.randint(0, 2, error.shape, generator=generator).to(error) * 2 - 1
     rows = torch.eye(error.shape[1], dtype=error.dtype, device=error.device)[:, None, :, None] * signs
-    for kind, functionals in (("samples", units(picks, error.shape)), ("rows", rows)):
-        # 0 times infinity is 0 here: a functional says nothing of what it leaves out
+    H = len(error) // len(batch.numbers)
+
+    def sampled(f: int, problem: int) -> tuple[int, ...]:
+        element = np.unravel_index(int(picks[f, problem]), error.shape[1:])
+        return int(batch.numbers[problem // H]), problem % H, *map(int, element)
+
+    def in_row(f: int, problem: int) -> tuple[int, ...]:
+        return int(batch.numbers[problem // H]), problem % H, f
+
+    for kind, functionals, where in (("samples", units(picks, error.shape), sampled), ("rows", rows, in_row)):
+        # 0 times infinity is 0 here: a functional says nothing of the elements that it leaves out
         moved = torch.where(functionals == 0, 0, functionals * error).flatten(2).sum(-1)
         added = torch.where(functionals == 0, 0, functionals.abs() * extra).flatten(2).sum(-1)
         at_once = functionals_at_once(batch.piece)
         radius = torch.cat([batch.piece.sharp(name, part) for part in torch.split(functionals, at_once)])
-        yield _worst(name, kind, moved, usable(radius + added), value)
+        worst = _worst(name, kind, moved, usable(radius + added), value)
+        yield replace(worst, index=where(*worst.index))
 
 
 def _samples(size: Tensor, ratio: Tensor, samples: int, generator: torch.Generator) -> Tensor:
@@ -124,13 +147,11 @@ def _samples(size: Tensor, ratio: Tensor, samples: int, generator: torch.Generat
 
 
 def _worst(name: str, kind: str, error: Tensor, radius: Tensor, value: Tensor) -> Verdict:
-    if not error.numel():
-        return Verdict(name, kind, 0, 0, 0.0, 0.0)
+    """The comparison of the largest ratio, with its index in `error`."""
     error = error.abs().nan_to_num(nan=torch.inf, posinf=torch.inf)
-    # above a finite radius, then by ratio; 0 / 0 and inf / inf are no failures
-    ratio = torch.where(
-        error <= radius, (error / radius).nan_to_num(nan=0.0), (error / radius).nan_to_num(nan=torch.inf)
-    )
-    at = ratio.flatten().argmax()
+    # 0 / 0 and inf / inf are no failures
+    ratio = torch.where(error <= radius, (error / radius).nan_to_num(nan=0.0), error / radius)
+    at = int(ratio.argmax())
+    index = tuple(int(i) for i in np.unravel_index(at, error.shape))
     empty = int((radius > value.abs().max()).sum())
-    return Verdict(name, kind, error.numel(), empty, float(error.flatten()[at]), float(radius.flatten()[at]))
+    return Verdict(name, kind, error.numel(), empty, float(error.flatten()[at]), float(radius.flatten()[at]), index)
