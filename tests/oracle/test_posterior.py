@@ -20,8 +20,8 @@ from oracle.bounds.posterior import piece as pieces
 from oracle.bounds.posterior.batches import batches
 from oracle.bounds.posterior.enclosure import SLACK
 from oracle.bounds.posterior.polynomial import Polynomial, leaf
-from oracle.bounds.posterior.stages import Norm, norm_vjp, rsqrt
-from oracle.bounds.posterior.tape import Tape, charge
+from oracle.bounds.posterior.stages import RSQRT, Norm, norm_vjp, rsqrt
+from oracle.bounds.posterior.tape import OWN, Tape, charge
 from tests.oracle.test_bounds import SPECIAL, gradients, linear_coefficients, problem, ratio
 from titans import TitansState, chunk_titans_linear
 
@@ -278,18 +278,21 @@ def test_radius_of_a_square_has_its_second_order(unit: float) -> None:
 
 
 @pytest.mark.parametrize("eps", [1e-6, 1.0])
-@pytest.mark.parametrize("radius", [1e-9, 1e-3, 0.4, 3.0])
+@pytest.mark.parametrize("radius", [1e-9, 1e-3, 0.4, 3.0, 1e13])
 def test_radius_of_rsqrt_covers_the_curve(radius: float, eps: float) -> None:
-    for variance in (0.0, 1e-7, 0.3, 2.0):
+    # 1e10 + 1e-6 rounds to twice that distance from 1e10
+    for variance in (0.0, 1e-7, 0.3, 2.0, 1e10):
         tape = Tape(EXACT, 0)
         value = tape.enter(*torch.tensor([variance, radius], dtype=torch.float64)[:, None, None, None])
         bound = float(rsqrt(value, eps, tape).first)
-        curve = oracle.exact(np.array([variance, max(variance - radius, 0), variance + radius])) + oracle.exact(eps)
+        here, away = oracle.exact(np.array([variance, radius]))
+        curve = np.array([here, max(here - away, 0 * here), here + away]) + oracle.exact(eps)
         values = 1 / curve ** oracle.exact(0.5)
         worst = max(abs(values[1:] - values[0]))
         assert worst <= bound * SLACK
-        # the tangent and its remainder are twice what happens, at most, where the radius is not large
-        assert radius > variance + eps or bound <= 4 * worst
+        # the tangent and its remainder are twice the change, at most, where the radius is not large
+        own = 1.01 * OWN * RSQRT * FLOAT64.unit * values[0]
+        assert radius > variance + eps or bound <= 4 * worst + own * SLACK
 
 
 @pytest.mark.parametrize("kind", [{}, {"plain": True}])

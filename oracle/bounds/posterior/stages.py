@@ -52,7 +52,8 @@ def rsqrt(variance: Polynomial, eps: float, tape: Tape) -> Polynomial:
     """1 / sqrt(variance + eps), bound (B14): how far the curve may be from its tangent, and six roundings."""
     radius, here = variance.first, variance.size + eps
     down = torch.minimum(radius, variance.size)
-    near, far = (here - down).sqrt(), here.sqrt()
+    # eps last: the rest of the variance may be 0
+    near, far = (variance.size - down + eps).sqrt(), here.sqrt()
     below = down**2 * (1 + far / (far + near)) / (2 * here * far * near * (near + far))
     above = torch.minimum(0.375 * radius**2 / here, radius / 2) / (here * far)
     r = (variance.value + eps).rsqrt()

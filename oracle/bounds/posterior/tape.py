@@ -64,7 +64,8 @@ class Tape:
     def centred_or_not(self, x: Polynomial) -> Polynomial:
         """x - mean x, where the mean is 0 in exact arithmetic, so that an implementation may leave it out: (B6)."""
         mean = x.mean()
-        left_out = mean.value.detach().abs() + self.pulled(mean.value) + mean.rest + self.reverse_unit * mean.first
+        left_out = mean.value.detach().abs() + charge(mean, OWN * (x.value.shape[-1] + 2), NONE, FLOAT64)
+        left_out = left_out + self.pulled(mean.value) + mean.rest + self.reverse_unit * mean.first
         centred = x.centred()
         return replace(centred, rest=centred.rest + left_out)
 
