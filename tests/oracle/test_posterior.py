@@ -20,7 +20,7 @@ from oracle.bounds.posterior import piece as pieces
 from oracle.bounds.posterior.batches import batches
 from oracle.bounds.posterior.enclosure import SLACK
 from oracle.bounds.posterior.polynomial import Polynomial, leaf
-from oracle.bounds.posterior.stages import RSQRT, Norm, norm_vjp, rsqrt
+from oracle.bounds.posterior.stages import RSQRT, NormSegments, norm_vjp, rsqrt
 from oracle.bounds.posterior.tape import OWN, Tape, charge
 from tests.oracle.test_bounds import SPECIAL, gradients, linear_coefficients, problem, ratio
 from titans import TitansState, chunk_titans_linear
@@ -486,7 +486,7 @@ def test_roundings_of_the_reverse_of_norm_act_on_terms_that_cancel() -> None:
     """(B6): dr cancels dx . (y - mean y) here, and an implementation may round both on their way into dy."""
     tape, D, r = Tape(FLOAT32, 0), 4, 1 / np.sqrt(3)
     centred, dx, dr = row(3, -1, -1, -1), row(3, -1, -1, -1), row(-12)
-    dy = norm_vjp(Norm(leaf(centred), leaf(row(r)), leaf(centred * r)), leaf(dx), leaf(dr), tape)
+    dy = norm_vjp(NormSegments(leaf(centred), leaf(row(r)), leaf(centred * r)), leaf(dx), leaf(dr), tape)
     through_x = dx.abs() * r
     through_r = centred.abs() * ((dx * centred).abs().sum() + dr.abs()) * r**3 / D
     roundings = sum((D + 4) * (term + term.mean()) for term in (through_x, through_r)) + (D + 2 + 6 + 5) * through_r

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from oracle.bounds.error_model import ErrorModel
-from oracle.bounds.posterior.piece import Arguments, Piece
-from oracle.inputs import Cotangents, Inputs, check
+from oracle.bounds.posterior.piece import Arguments, PieceSegments
+from oracle.inputs import Cotangents, Inputs, check, check_cotangents
 
 GATES = ("dtheta", "dalpha", "deta")
 TOKENS = ("o", "dq", "dk", "dv", *GATES)
@@ -31,13 +31,13 @@ class Batch:
         Which sequences.
     rows, tokens : Tensor, shape (n, 1) and (n, L)
         Where their tokens are.
-    piece : Piece
+    piece : PieceSegments
     """
 
     numbers: Tensor
     rows: Tensor
     tokens: Tensor
-    piece: Piece
+    piece: PieceSegments
 
     def gather(self, name: str, x: Tensor) -> Tensor:
         """From the layout of the call to that of the piece, (n H, ...)."""
@@ -72,6 +72,7 @@ def batches(inputs: Inputs, cotangents: Cotangents, arithmetic: ErrorModel) -> I
         If a sequence has no token, or tokens of two chunks, or an argument is in a wider format than the arithmetic.
     """
     check(inputs)
+    check_cotangents(cotangents, inputs)
     groups: dict[tuple[int, bool], list[int]] = {}
     for n, ((_, start, end), offset) in enumerate(zip(inputs.sequences, inputs.offsets, strict=True)):
         length = end - start
@@ -94,26 +95,26 @@ def _batch(
     N, (H, D) = len(inputs.sequences), inputs.q.shape[2:]
     zeros = torch.zeros(N, H, D, D, dtype=torch.float64, device=device)
 
-    def given(name: str, x: Tensor | None) -> Tensor:
+    def of_pieces(name: str, x: Tensor | None) -> Tensor:
         if x is not None and torch.finfo(x.dtype).tiny < arithmetic.tiny:
             raise ValueError(f"arguments must be exact in the arithmetic, got {x.dtype}")
         return _gather(name, zeros if x is None else x, *where)
 
-    tokens = {name: given("o", getattr(inputs, name)) for name in ("q", "k", "v", "theta", "alpha", "eta")}
-    states = {name: given("M", getattr(inputs, name)) for name in ("M", "S")}
+    tokens = {name: of_pieces("o", getattr(inputs, name)) for name in ("q", "k", "v", "theta", "alpha", "eta")}
+    states = {name: of_pieces("M", getattr(inputs, name)) for name in ("M", "S")}
     arguments = Arguments(
         **tokens,
         **states,
-        w=None if inputs.w is None else given("dw", inputs.w)[:, None],
-        b=None if inputs.b is None else given("dw", inputs.b)[:, None],
-        anchor=given("M", inputs.M if inputs.anchor is None else inputs.anchor),
-        do=given("o", cotangents.o),
-        dM=given("M", cotangents.M),
-        dS=given("M", cotangents.S),
-        danchor=given("M", cotangents.anchor),
+        w=None if inputs.w is None else of_pieces("dw", inputs.w)[:, None],
+        b=None if inputs.b is None else of_pieces("dw", inputs.b)[:, None],
+        anchor=of_pieces("M", inputs.M if inputs.anchor is None else inputs.anchor),
+        do=of_pieces("o", cotangents.o),
+        dM=of_pieces("M", cotangents.M),
+        dS=of_pieces("M", cotangents.S),
+        danchor=of_pieces("M", cotangents.anchor),
         eps=inputs.eps,
         log_gates=inputs.log_gates,
         completes=completes,
         shared=inputs.anchor is None,
     )
-    return Batch(*where, Piece(arguments, arithmetic))
+    return Batch(*where, PieceSegments(arguments, arithmetic))

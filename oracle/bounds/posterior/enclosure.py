@@ -10,7 +10,7 @@ from torch import Tensor
 
 from oracle.bounds.error_model import FLOAT64, ErrorModel
 from oracle.bounds.posterior.batches import GATES, PARAMETERS, STATES, TOKENS, Batch, batches
-from oracle.bounds.posterior.piece import Piece
+from oracle.bounds.posterior.piece import PieceSegments
 from oracle.bounds.posterior.polynomial import leaf
 from oracle.bounds.posterior.tape import OWN, charge
 from oracle.inputs import Cotangents, Inputs
@@ -98,7 +98,7 @@ class Builder:
         return Enclosure(self.values, radius)
 
 
-def elements(piece: Piece, name: str) -> Tensor:
+def elements(piece: PieceSegments, name: str) -> Tensor:
     """Sharp radii of all elements of a result, shaped like it."""
     result = piece.results[name]
     if name in COARSE_IS_SHARP:
@@ -113,9 +113,9 @@ def elements(piece: Piece, name: str) -> Tensor:
     return torch.cat(found).T.reshape(shape)
 
 
-def functionals_at_once(piece: Piece) -> int:
+def functionals_at_once(piece: PieceSegments) -> int:
     """How many functionals one reverse pass may have."""
-    q = piece.given.q
+    q = piece.arguments.q
     return max(1, PASS[q.device.type] // q.numel())
 
 

@@ -11,7 +11,7 @@ from oracle.bounds.error_model import ErrorModel
 from oracle.bounds.piece import OPERANDS, OPERANDS_OF_ROWS, RECALL
 from oracle.bounds.posterior.coefficients import coefficients, gates, gates_vjp
 from oracle.bounds.posterior.polynomial import Polynomial, concatenate, leaf
-from oracle.bounds.posterior.stages import inner, inner_vjp, norm, norm_vjp
+from oracle.bounds.posterior.stages import inner_gradient, inner_gradient_vjp, norm, norm_vjp
 from oracle.bounds.posterior.tape import Tape
 from oracle.bounds.sequence import LOG_GATE_ROUNDINGS
 
@@ -76,24 +76,24 @@ class Result:
     radius: Tensor
 
 
-class Piece:
+class PieceSegments:
     """All segments of N pieces; `results` has o, M, S, anchor and dq ... danchor by name."""
 
-    def __init__(self, given: Arguments, arithmetic: ErrorModel) -> None:
-        self.given, self.L, self.D = given, given.q.shape[1], given.q.shape[2]
+    def __init__(self, arguments: Arguments, arithmetic: ErrorModel) -> None:
+        self.arguments, self.L, self.D = arguments, arguments.q.shape[1], arguments.q.shape[2]
         # (B13): no monomial of the reverse pass meets more
         self.tape = Tape(arithmetic, 10 * (self.L + self.D) + 100)
-        self.gates = gates(given.theta, given.alpha, given.eta, given.log_gates, arithmetic)
+        self.gates = gates(arguments.theta, arguments.alpha, arguments.eta, arguments.log_gates, arithmetic)
         self.coefficients = coefficients(self.gates)
-        t = torch.arange(1.0, self.L + 1, dtype=torch.float64, device=given.q.device)[:, None]
+        t = torch.arange(1.0, self.L + 1, dtype=torch.float64, device=arguments.q.device)[:, None]
         per_token = self.gates.per_token + 1
         self.row_roundings = per_token * t + self.D + 8
         self.state_roundings = per_token * self.L + 8
         self.gate_roundings = per_token * self.L + max(2 * self.D, min(self.D**2, 2 * self.D + 16)) + 10
         self.q, self.k, self.v, self.M, self.S, self.anchor, self.do, self.dM, self.dS, self.danchor = (
-            leaf(getattr(given, name)) for name in ("q", "k", "v", "M", "S", "anchor", "do", "dM", "dS", "danchor")
+            leaf(getattr(arguments, name)) for name in ("q", "k", "v", "M", "S", "anchor", "do", "dM", "dS", "danchor")
         )
-        self.w, self.b = (None if x is None else leaf(x) for x in (given.w, given.b))
+        self.w, self.b = (None if x is None else leaf(x) for x in (arguments.w, arguments.b))
         self.overlap = (self.q @ self.k.mT).map(torch.tril)  # (N, L, L)
         self.results: dict[str, Result] = {}
         self._run()
@@ -120,26 +120,26 @@ class Piece:
         tape, G, n = self.tape, self.coefficients.G[:, 1:], self.coefficients.n[:, 1:]
         weights, G_T, n_T = G[..., 2:] * self.overlap, G[:, -1, 2:, None], n[:, -1, 2:, None]
         y = self.k @ self.anchor
-        given = None
+        inner = None
         if self.w is None or self.b is None:
             u = tape.local(y - self.v, self.D + 1, RECALL)
         else:
             y = tape.local(y, self.D, RECALL)
-            given = inner(y, self.v - self.k, self.w, self.b, self.given.eps, tape)
-            u = given.u
+            inner = inner_gradient(y, self.v - self.k, self.w, self.b, self.arguments.eps, tape)
+            u = inner.u
         u = tape.cut(u)
         self._states(u, G_T, n_T)
         reads = G[..., :1] * (self.q @ self.M) + G[..., 1:2] * (self.q @ self.S) - (weights @ u).times(2)
         dy, read_x = self._outputs(tape.mixed(reads, self.row_roundings, OPERANDS))
 
-        dM = tape.mixed(self.dM + self.danchor, 1) if self.given.completes else self.dM
+        dM = tape.mixed(self.dM + self.danchor, 1) if self.arguments.completes else self.dM
         du = (weights.mT @ dy + G_T * (self.k @ dM) + n_T * (self.k @ self.dS)).times(-2)
         du = tape.mixed(du, self.row_roundings.flip(0), OPERANDS)
         pairs = G[..., 2:] * (dy @ u.mT)  # (N, L, L)
         dk = (pairs.mT @ self.q + G_T * (u @ dM.mT) + n_T * (u @ self.dS.mT)).times(-2)
         d_recall, dv = du, -du
-        if given is not None and self.w is not None and read_x is not None:
-            d_recall, dz, dw = inner_vjp(given, self.w, du, tape)
+        if inner is not None and self.w is not None and read_x is not None:
+            d_recall, dz, dw = inner_gradient_vjp(inner, self.w, du, tape)
             dk, dv = dk + dz, -dz
             self._summed("dw", dw + self.do * read_x)
             self._summed("db", dz + self.do)
@@ -156,7 +156,7 @@ class Piece:
             self._segment("o", y)
             return self.do, None
         tape = self.tape
-        read = norm(y, self.given.eps, tape)
+        read = norm(y, self.arguments.eps, tape)
         o = y + read.x * self.w + self.b
         size = tape.size(o, 3)
         self.results["o"] = Result(o, size, size + tape.pulled(o.value))
@@ -172,7 +172,7 @@ class Piece:
         self._mixed("M", M, self.state_roundings, OPERANDS)
         self._mixed("S", S, self.state_roundings, OPERANDS)
         self._segment("anchor", self.anchor)
-        if self.given.completes:
+        if self.arguments.completes:
             self.results["anchor"] = self.results["M"]
 
     def _ends(self) -> tuple[Polynomial, Polynomial, Polynomial]:
@@ -186,9 +186,9 @@ class Piece:
         dM_0 = beta * dM + self.q.mT @ (G[..., :1] * dy)
         dS_0 = f * dM + m * self.dS + self.q.mT @ (G[..., 1:2] * dy)
         danchor = self.k.mT @ d_recall
-        if not self.given.completes:
+        if not self.arguments.completes:
             danchor = danchor + self.danchor
-        if self.given.shared:
+        if self.arguments.shared:
             dM_0, danchor = dM_0 + danchor, leaf(torch.zeros_like(danchor.size))
         self._mixed("dM", dM_0, self.state_roundings, OPERANDS)
         self._mixed("dS", dS_0, self.state_roundings, OPERANDS)
@@ -210,7 +210,7 @@ class Piece:
         dgates = gates_vjp(self.gates, self.coefficients, rows, ends[1])
         factors = self.gates.theta, self.gates.a, self.gates.eta
         for name, dgate, gate in zip(("dtheta", "dalpha", "deta"), dgates, factors, strict=True):
-            if self.given.log_gates:
+            if self.arguments.log_gates:
                 self._mixed(name, self.tape.mixed(dgate, self.gate_roundings, OPERANDS) * gate, LOG_GATE_ROUNDINGS)
             else:
                 self._mixed(name, -dgate if name == "dalpha" else dgate, self.gate_roundings, OPERANDS)

@@ -14,7 +14,7 @@ RSQRT = 6
 
 
 @dataclass(frozen=True)
-class Norm:
+class NormSegments:
     """norm(y) = x: the centred y, r = 1 / sqrt(var y + eps), and x."""
 
     centred: Polynomial
@@ -23,10 +23,10 @@ class Norm:
 
 
 @dataclass(frozen=True)
-class Inner:
+class InnerSegments:
     """The stations of eq. (2): norm of y, z = x w + b - (v - k), e = z w, c = mean(e x), p = u / r, and u."""
 
-    norm: Norm
+    norm: NormSegments
     z: Polynomial
     e: Polynomial
     c: Polynomial
@@ -40,12 +40,12 @@ def centre(x: Polynomial, tape: Tape) -> Polynomial:
     return tape.local(x, D + 4) if D > 1 else tape.enter(x.value, torch.zeros_like(x.size))
 
 
-def norm(y: Polynomial, eps: float, tape: Tape) -> Norm:
+def norm(y: Polynomial, eps: float, tape: Tape) -> NormSegments:
     """norm(y), bound (B5)."""
     D = y.value.shape[-1]
     centred = centre(y.centred(), tape)
     r = rsqrt(tape.local((centred * centred).mean(), D + 2), eps, tape)
-    return Norm(centred, r, tape.local(centred * r, 1))
+    return NormSegments(centred, r, tape.local(centred * r, 1))
 
 
 def rsqrt(variance: Polynomial, eps: float, tape: Tape) -> Polynomial:
@@ -62,18 +62,20 @@ def rsqrt(variance: Polynomial, eps: float, tape: Tape) -> Polynomial:
     return tape.enter(r, size + tape.reverse_unit * radius / (2 * here * far))
 
 
-def norm_vjp(given: Norm, dx: Polynomial, dr: Polynomial | None, tape: Tape) -> Polynomial:
+def norm_vjp(norm: NormSegments, dx: Polynomial, dr: Polynomial | None, tape: Tape) -> Polynomial:
     """Cotangent of y before its last rounding, given those of x = norm(y) and of r beyond x, bound (B6)."""
-    D, r = dx.value.shape[-1], given.r
-    total = (dx * given.centred).sum()
+    D, r = dx.value.shape[-1], norm.r
+    total = (dx * norm.centred).sum()
     total = tape.with_terms(total if dr is None else total + dr, D + 2)
     slope = tape.with_terms(total * (r * r * r), 6)
     through_x = tape.with_terms(dx * r, 5)
-    through_r = tape.with_terms((given.centred * slope).times(1 / D), 5)
+    through_r = tape.with_terms((norm.centred * slope).times(1 / D), 5)
     return through_x.centred() - tape.centred_or_not(through_r)
 
 
-def inner(y: Polynomial, v_less_k: Polynomial, w: Polynomial, b: Polynomial, eps: float, tape: Tape) -> Inner:
+def inner_gradient(
+    y: Polynomial, v_less_k: Polynomial, w: Polynomial, b: Polynomial, eps: float, tape: Tape
+) -> InnerSegments:
     """Eq. (2) at y = k A for the normalised memory, bound (B5)."""
     D = y.value.shape[-1]
     normed = norm(y, eps, tape)
@@ -81,16 +83,18 @@ def inner(y: Polynomial, v_less_k: Polynomial, w: Polynomial, b: Polynomial, eps
     e = tape.local(z * w, 1)
     c = tape.local((e * normed.x).mean(), D + 2)
     p = centre(e.centred() - normed.x * c, tape)
-    return Inner(normed, z, e, c, p, tape.local(normed.r * p, 1))
+    return InnerSegments(normed, z, e, c, p, tape.local(normed.r * p, 1))
 
 
-def inner_vjp(given: Inner, w: Polynomial, du: Polynomial, tape: Tape) -> tuple[Polynomial, Polynomial, Polynomial]:
-    """Cotangents of y and of z, and that of w unsummed, by the reverse of `inner`, bound (B6)."""
-    D, x = du.value.shape[-1], given.norm.x
-    dp = tape.local(du * given.norm.r, 1)
+def inner_gradient_vjp(
+    inner: InnerSegments, w: Polynomial, du: Polynomial, tape: Tape
+) -> tuple[Polynomial, Polynomial, Polynomial]:
+    """Cotangents of y and of z, and that of w unsummed, by the reverse of `inner_gradient`, bound (B6)."""
+    D, x = du.value.shape[-1], inner.norm.x
+    dp = tape.local(du * inner.norm.r, 1)
     dc = -tape.local((dp * x).mean(), D + 2)
     de = centre(dp.centred() + dc * x, tape)
     dz = tape.local(de * w, 1)
-    dx = tape.local(dc * given.e - dp * given.c + dz * w, 4)
-    dy = centre(norm_vjp(given.norm, dx, (du * given.p).sum(), tape), tape)
-    return dy, dz, de * given.z + dz * x
+    dx = tape.local(dc * inner.e - dp * inner.c + dz * w, 4)
+    dy = centre(norm_vjp(inner.norm, dx, (du * inner.p).sum(), tape), tape)
+    return dy, dz, de * inner.z + dz * x

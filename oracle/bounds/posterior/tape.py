@@ -25,10 +25,10 @@ class Error:
         The segment's value, where the error enters.
     size : Tensor
         Bound of the error that arises here.
-    source : Tensor or None
-        Of a cut: the tensor whose value `at` repeats; its errors reach `at` from there.
     radius : Tensor
-        Of a cut: bound of all that may be wrong there; else `size`.
+        Of a cut: bound of all errors that arrive there; else `size`.
+    source : Tensor or None
+        Of a cut: the tensor whose value `at` repeats, from which its errors come.
     """
 
     at: Tensor
@@ -49,7 +49,7 @@ class Tape:
         return self.roundings(x, count, operands) + x.drift + x.rest + self.reverse_unit * x.first
 
     def roundings(self, x: Polynomial, count: float | Tensor, operands: tuple[int, int] = NONE) -> Tensor:
-        """Those of the implementation and those of the float64 values, (B12)."""
+        """Roundings of the implementation and of the float64 values, (B12)."""
         return charge(x, count, operands, self.arithmetic) + charge(x, OWN * count, NONE, FLOAT64)
 
     def local(self, x: Polynomial, count: float | Tensor, operands: tuple[int, int] = NONE) -> Polynomial:
@@ -77,12 +77,12 @@ class Tape:
         return leaf(value, radius)
 
     def mixed(self, x: Polynomial, count: float | Tensor, operands: tuple[int, int] = NONE) -> Polynomial:
-        """A segment that mixes tokens: known by its radius alone in what follows, (B14)."""
+        """A segment that mixes tokens: known by its radius alone in later segments, (B15)."""
         size = self.size(x, count, operands)
         return self._cut(x.value, size, size + x.first)
 
     def cut(self, x: Polynomial) -> Polynomial:
-        """The same quantity, known by its radius alone in what follows."""
+        """The same quantity, known by its radius alone in later segments, (B15)."""
         return self._cut(x.value, torch.zeros_like(x.first), x.first)
 
     def _cut(self, source: Tensor, size: Tensor, radius: Tensor) -> Polynomial:
@@ -147,9 +147,9 @@ def _sum(x: Tensor | None, y: Tensor | None) -> Tensor | None:
 
 def charge(x: Polynomial, count: float | Tensor, operands: tuple[int, int], arithmetic: ErrorModel) -> Tensor:
     """(B1): what the roundings of any algorithm can do to a polynomial, but for the drift of its gates."""
-    given, computed = operands
-    narrowed = given * arithmetic.argument_operand + computed * arithmetic.operand
+    arguments, computed = operands
+    narrowed = arguments * arithmetic.argument_operand + computed * arithmetic.operand
     n = torch.as_tensor(count, dtype=x.size.dtype, device=x.size.device)
     size = torch.expm1(1.01 * (n * arithmetic.unit + narrowed)) * (x.grown + x.drift)
-    size = size + (n * arithmetic.tiny + (given + computed) * arithmetic.operand_tiny) * x.cap
+    size = size + (n * arithmetic.tiny + (arguments + computed) * arithmetic.operand_tiny) * x.cap
     return torch.where(x.cap < arithmetic.huge / 4, size, torch.inf)

@@ -148,6 +148,8 @@ def _samples(size: Tensor, ratio: Tensor, samples: int, generator: torch.Generat
 
 def _worst(name: str, kind: str, error: Tensor, radius: Tensor, value: Tensor) -> Verdict:
     """The comparison of the largest ratio, with its index in `error`."""
+    if not error.numel():
+        return Verdict(name, kind, 0, 0, 0.0, 0.0, ())
     error = error.abs().nan_to_num(nan=torch.inf, posinf=torch.inf)
     # 0 / 0 and inf / inf are no failures
     ratio = torch.where(error <= radius, (error / radius).nan_to_num(nan=0.0), error / radius)
