@@ -40,7 +40,7 @@ for path in sorted((ROOT / "properties").glob("test_*.py")):
 
 @dataclass
 class Outcome:
-    """What the laws said of one fault.
+    """The verdicts of the laws on one fault.
 
     Attributes
     ----------
@@ -89,7 +89,7 @@ def examples_needed(name: str, subject: Implementation, problems: Sequence[Probl
         try:
             PROPERTIES[name].check(subject, problem, recorder)
         except Exception:
-            # Only a law may fail here, not what runs it.
+            # Only a law may fail here, not the harness.
             if not recorder.facts.failing_call:
                 raise
             break
@@ -110,7 +110,7 @@ def examine(fault: Fault, asked: Mapping[str, Sequence[Problem]], seed: int, shr
     """Plant a fault in this process and ask the laws, each about its problems."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    # A fault may be random; what is said of it should be the same tomorrow.
+    # A fault may be random; its verdicts should be the same tomorrow.
     random.seed(seed)
     settings.load_profile("faults")
     begin, outcome = time.monotonic(), Outcome(fault.name, fault.laws)
@@ -128,7 +128,7 @@ def examine(fault: Fault, asked: Mapping[str, Sequence[Problem]], seed: int, shr
 
 
 def report(outcome: Outcome) -> str:
-    """Lay out one fault: what it is, the laws that noticed with the examples they needed, the smallest problem."""
+    """Lay out one fault: its name, the laws that noticed with the examples they needed, the smallest problem."""
     verdict = "caught" if outcome.caught and not outcome.missing else "MISSED"
     named = [f"{law} ({calls})" for law, calls in outcome.caught.items()]
     lines = [f"{verdict}  {outcome.fault}  [{len(named)} laws, {outcome.seconds:.0f} s]"]
@@ -139,7 +139,7 @@ def report(outcome: Outcome) -> str:
 
 
 def main() -> int:
-    """Run as a command; the exit status is 1 if a law missed what it must notice."""
+    """Run as a command; the exit status is 1 if a law missed a fault that it must notice."""
     parser = argparse.ArgumentParser(prog="python -m faults", description=__doc__)
     parser.add_argument("--select", default="", help="only faults whose name contains this")
     parser.add_argument("--named", action="store_true", help="ask only the laws that must notice")

@@ -25,7 +25,7 @@ class Pickler(pickle.Pickler):
     """Writes tensors, of which only a digest is made, as their bits, and the oracle's numbers as their parts."""
 
     def reducer_override(self, x: Any) -> Any:
-        """Say what stands for an object."""
+        """Return the stand-in for an object."""
         if isinstance(x, Tensor):
             return bytes, (), (str(x.dtype), *x.shape, bits(x))
         return (number, (x._mpf_,)) if type(x) is context.mpf else NotImplemented
@@ -56,7 +56,7 @@ def keep(function: Callable[..., Any], folder: Path) -> Callable[..., Any]:
 
 
 def keep_answers(folder: Path) -> None:
-    """Keep what the oracle says of any call, and how far from it one may be."""
+    """Keep the oracle's answer to any call, and the radii around it."""
     for module, names in ((oracle, ("forward", "gradient")), (bounds, ("forward_radius", "gradient_radius"))):
         for name in names:
             setattr(module, name, keep(getattr(module, name), folder))

@@ -96,7 +96,7 @@ def sizes(name: str, x: NDArray[np.float64], unit: NDArray[np.float64]) -> NDArr
 
 
 def most(heads: int) -> float:
-    """Return what the heads where a fair coin says "worse" exceed at most once in 1 / FALSE_ALARM times (Hoeffding)."""
+    """Return the number of heads that a fair coin exceeds at most once in 1 / FALSE_ALARM times (Hoeffding)."""
     return heads / 2 + math.sqrt(heads * math.log(1 / FALSE_ALARM) / 2)
 
 
@@ -121,7 +121,7 @@ def test_errors_are_at_most_twice_those_of_the_definition(implementation: Implem
         far, its_far = (nearest(np.abs(exact(x[name]) - wanted[name])) for x in (ours, its))
         rounding = torch.finfo(ours[name].dtype).eps / 2 * nearest(np.abs(wanted[name]))
         with np.errstate(all="ignore"):
-            # What the model lets another arithmetic cost: logs, narrow operands.
+            # The cost of another arithmetic in the error model: logs, narrow operands.
             cost = np.maximum(radius[name] - unit[name], 0)
             known = np.where(radius[name] < math.inf, unit[name], 0)
             error, definition, once, extra = (sizes(name, x, known) for x in (far, its_far, rounding, cost))

@@ -19,7 +19,7 @@ from properties.problems.problem import Problem
 from properties.problems.strategies import gates, problems, split
 
 # Nothing underflows at either scale: every product of these gates and values stays far from the smallest normal. The
-# length is what a fading gate fades over, which for one so long is mild.
+# length is that over which a fading gate fades: over one so long its decay is mild.
 MILD, LONG = ("2^-1", "0", "1", "2^-2", "2^-3", "1-2^-2", "1-2^-3"), 150
 MILD_GATES = gates(MILD, LONG, LONG).filter(lambda gate: not gate.startswith(("uniform", "sigmoid")))
 MILD_THETA = gates(("2^-1", "2^-2", "0", "2^0"), LONG, LONG).filter(
@@ -54,7 +54,7 @@ def test_scaling_a_plain_memory_by_a_power_of_two_scales_its_results(
 ) -> Found:
     by, cotangents = 2.0 ** (problem.seed % 17 - 8), problem.cotangents()
     results = run(implementation, problem.inputs(), cotangents)
-    # The gradients for what it is linear in do not change; q, k and the gates see the scale once.
+    # The gradients for v and the state do not change; q, k and the gates see the scale once.
     fixed = {"offset", *(f"d{name}" for name in LINEAR_IN)}
     wanted = {name: x if name in fixed else x * by for name, x in results.items()}
     return same(wanted, run(implementation, scaled(problem.inputs(), by), cotangents))
@@ -69,7 +69,7 @@ def test_a_plain_memory_is_linear(implementation: Implementation, problem: Probl
     both = replace(one, v=one.v + two.v)
     terms = {name: (x, truth(two)[name]) for name, x in truth(one).items()}
     sums = {name: x + y for name, (x, y) in terms.items()}
-    # Where the two cancel, what is left of them has only the digits that the oracle promises of each.
+    # Where the two cancel, their sum has only the digits that the oracle promises of each.
     doubt = {name: nearest(abs(x) + abs(y)) * 10.0**-AGREED_DIGITS for name, (x, y) in terms.items()}
     radius = {name: x + doubt[name] for name, x in radii(implementation, both).items()}
     found = compare(run(implementation, both), sums, radius)

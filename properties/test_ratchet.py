@@ -17,7 +17,7 @@ from properties.harness.laws import PROPERTIES
 from properties.harness.running import LawBroken
 from properties.problems.problem import Problem
 
-# What "no longer as accurate" means, in SPEC.md.
+# The factor of section 4.4 in SPEC.md.
 WORSE = 4
 # A result that is rounded once may be so far off, in ulps, and on another machine will be.
 ONE_ROUNDING = 0.5

@@ -1,4 +1,4 @@
-"""What must not change a single bit, and what must not be touched: laws 6 and 13."""
+"""Results that must not change in a single bit, and memory that must not be touched: laws 6 and 13."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,6 +1,6 @@
 """`fla.ops.titans` of fla-core (group `peers`), as it is: whatever else is called here is theirs too.
 
-`chunk_titans_linear` is what they export; `token_by_token` their loop, and `chunk_titans_linear_in_linear_space` their
+`chunk_titans_linear` is their export; `token_by_token` their loop, and `chunk_titans_linear_in_linear_space` their
 chunks with the coefficients that they have as ratios of products, and do not use.
 """
 

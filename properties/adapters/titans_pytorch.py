@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 class Gate:
-    """What it takes the sigmoid of: a gate that has been through one."""
+    """A gate in the place of the number whose sigmoid it is."""
 
     def __init__(self, gate: Tensor) -> None:
         self.gate = gate

@@ -1,1 +1,1 @@
-"""What runs the laws: implementations, running, comparing, reporting."""
+"""The machinery of the laws: implementations, running, comparing, reporting."""

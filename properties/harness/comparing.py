@@ -1,4 +1,4 @@
-"""Comparing results with the oracle's answer, or with those of another run: it returns what it found."""
+"""Comparing results with the oracle's answer, or with those of another run: the comparisons are returned."""
 
 import functools
 import math
@@ -126,7 +126,7 @@ def stage(inputs: Inputs, half: bool) -> str:
     """Say which memory, and whether a call is a piece, from a state that is exact, or several from end to end.
 
     Apart from the others stand products of `half` precision, whose operands are all that their bounds are made of. The
-    stage is none where a sequence has no tokens: what comes of one is rounded once or not at all, just within its
+    stage is none where a sequence has no tokens: its results are rounded once or not at all, just within the
     bound, and would hide how loose the bounds of the others are.
     """
     lengths = [end - begin for _, begin, end in inputs.sequences]

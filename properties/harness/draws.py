@@ -17,7 +17,7 @@ COMMON: dict[str, Any] = {
 settings.register_profile("dev", max_examples=50, **COMMON)
 settings.register_profile("smoke", max_examples=4, database=None, **COMMON)
 settings.register_profile("ci", max_examples=50, derandomize=True, database=None, print_blob=False, **COMMON)
-# Only with its own backend does Hypothesis steer by what it saw.
+# Only with its own backend does Hypothesis follow `target`.
 settings.register_profile("deep", max_examples=2000, **COMMON | {"backend": "hypothesis"})
 # Those with a database of failures.
 KEEPING = ("dev", "deep")

@@ -1,4 +1,4 @@
-"""What is known of a test: its facts, summed over its examples, and the verdict that they are part of."""
+"""The facts of a test, summed over its examples, and the verdict that has them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -11,7 +11,7 @@ from properties.problems.problem import Problem
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What one test of one implementation saw.
+    """The facts of one test of one implementation.
 
     Parameters
     ----------
@@ -33,7 +33,7 @@ class Facts:
     failing_call : int
         Which call failed first; 0: none.
     failing_problem, message, replay : str
-        The smallest problem that fails, what is wrong with it, and the command that shows it again.
+        The smallest problem that fails, its error, and the command that replays it.
     """
 
     calls: int = 0
@@ -116,7 +116,7 @@ class Recorder:
     test : str
         Its node id, for the command that replays a failure.
     options : sequence of str
-        What that command repeats of the options of the run.
+        The options of the run that this command repeats.
     """
 
     def __init__(self, test: str = "TEST", options: tuple[str, ...] = ()) -> None:
@@ -141,7 +141,7 @@ class Recorder:
         self.facts = replace(self.facts, message=self.facts.message or f"{type(error).__name__}: {error}")
 
     def ratio(self, name: str, ratio: float) -> None:
-        """Note how near an error came to what it is compared with."""
+        """Note an error over the size that it may have."""
         self.facts = replace(self.facts, tightness={**self.facts.tightness, name: ratio})
 
     def replay(self, problem: Problem) -> str:

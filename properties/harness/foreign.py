@@ -12,19 +12,19 @@ from torch import Tensor
 from oracle import Inputs, bounds
 from properties.harness.implementations import CLAIMS, Implementation, chosen
 
-# What nobody has who has not the other.
+# Claims, each with those that it needs.
 IMPLIED = {
     "resume": {"initial_state", "final_state"},
     "offset": {"resume"},
     "step": {"offset"},
     "bfloat16": {"half"},
 }
-# What may be declared lacking; the rest of `CLAIMS` follows.
+# The claims that may be declared missing; the rest of `CLAIMS` follows.
 OPTIONAL = CLAIMS - {"step", "batch_invariant"}
 
 
 class State(NamedTuple):
-    """What an implementation is given to resume from, unless it has a type of its own."""
+    """An initial state for an implementation without a type of its own."""
 
     M: Tensor
     S: Tensor
@@ -61,7 +61,7 @@ def foreign(target: str, device: str, lacks: Collection[str] | None = None) -> I
     lacking = set(getattr(function, "lacks", ()) if lacks is None else lacks)
     if unknown := lacking - OPTIONAL:
         raise ValueError(
-            f"what is lacking must be among {', '.join(sorted(OPTIONAL))}, got {', '.join(sorted(unknown))}"
+            f"missing claims must be among {', '.join(sorted(OPTIONAL))}, got {', '.join(sorted(unknown))}"
         )
     log_space, step = getattr(function, "log_space", False), getattr(function, "step", None)
     # A function of the call may keep `exact`: numbers fit where gates are linear.
@@ -92,7 +92,7 @@ def load(target: str) -> Callable[..., Any]:
         raise ValueError(f"an implementation must be named as package.module:callable, got {target!r}")
     try:
         with warnings.catch_warnings():
-            # What others warn of while they are imported is not a verdict on them.
+            # Warnings of others at their import are no verdict on them.
             warnings.simplefilter("ignore")
             function: Any = functools.reduce(getattr, name.split("."), importlib.import_module(module))
     except Exception as error:
@@ -159,7 +159,7 @@ class Adapter:
 def final_state(final: Any) -> Any:
     """Return a final state by its names.
 
-    M alone means what it means as an initial state: no momentum, at the start of a chunk.
+    M alone is, as in an initial state, without momentum and at the start of a chunk.
     """
     if isinstance(final, Tensor):
         return State(final, torch.zeros_like(final), final, torch.zeros(len(final), dtype=torch.int64))

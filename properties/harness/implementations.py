@@ -40,12 +40,12 @@ class Implementation:
     call, step : callable
         With the signatures of `titans.chunk_titans_linear` and `titans.titans_linear_step`.
     state : callable
-        Makes what `call` accepts as an initial state out of M, S, anchor and offset.
+        Makes an initial state, as `call` accepts it, of M, S, anchor and offset.
     claims : frozenset of str
         Which of `CLAIMS` it has.
     device : str
     arithmetic : callable
-        Of a call, an `Inputs`: what it computes with there, and so which bounds it answers to.
+        Of a call, an `Inputs`: the error model of its arithmetic there, from which the bounds follow.
     share : float
         Of the profile's number of examples: slow ones get fewer.
     """
@@ -61,7 +61,7 @@ class Implementation:
 
     @property
     def left(self) -> tuple[str, ...]:
-        """What of a final state it answers for: what its claims allow to be passed on."""
+        """The parts of a final state that it answers for, by its claims."""
         names = {"final_state": ("M",), "resume": ("S",), "offset": ("anchor", "offset")}
         return tuple(name for claim, of in names.items() if claim in self.claims for name in of)
 
@@ -110,14 +110,14 @@ def implementation(backend: str, device: str) -> Implementation:
 
 
 def arithmetic(backend: str, device: str, inputs: Inputs) -> bounds.ErrorModel:
-    """Return what a backend computes with in a call."""
+    """Return the error model of a backend in a call."""
     if backend == "triton":
         return bounds.kernel_arithmetic(inputs.q.dtype, inputs.q.shape[-1], tensor_cores=device == "cuda")
     return bounds.arithmetic_for(inputs.q.dtype, log_space=backend == "log")
 
 
 def chosen(device: str, inputs: Inputs) -> bounds.ErrorModel:
-    """Return what `titans` computes with in a call for which it chooses the backend itself."""
+    """Return the error model of a call for which `titans` chooses the backend."""
     kernels = device == "cuda" and inputs.q.dtype != torch.float64 and inputs.q.shape[-1] <= 128
     backend = "triton" if kernels else "log" if inputs.log_gates else "chunk"
     return arithmetic(backend, device, inputs)

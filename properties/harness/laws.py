@@ -62,7 +62,7 @@ class Property:
         ----------
         implementation : Implementation
         problem : Problem
-            What the implementation does not claim is taken out of it.
+            The parts that the implementation does not claim are left out.
         recorder : Recorder or None
             Counts the example.
         """
@@ -72,7 +72,7 @@ class Property:
         try:
             found = with_room(self.law)(implementation, problem)
             if not isinstance(found, list):
-                raise TypeError(f"a law must return what it compared, got {found!r} of {self.name}")
+                raise TypeError(f"a law must return its comparisons, got {found!r} of {self.name}")
         except HypothesisException:
             raise
         except oracle.Unsettled as error:
@@ -123,7 +123,7 @@ class Property:
         return replayed
 
 
-# Every property by its test's name, so that fixtures and meta-tests can call it with what they like.
+# Every property by its test's name, so that fixtures and meta-tests can check any problem.
 PROPERTIES: dict[str, Property] = {}
 
 
@@ -156,7 +156,7 @@ def law(
 
 
 def drive_to_the_worst(found: Found) -> None:
-    """Let a deep search look for the largest error / bound; in a short one that would only narrow what is tried."""
+    """Let a deep search look for the largest error / bound; in a short search that would only narrow the problems."""
     ratio = max((one.ratio for one in found if not one.narrow), default=0.0)
     deep = settings.get_current_profile_name() == "deep"
     if deep and currently_in_test_context() and math.isfinite(ratio):

@@ -36,7 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("properties")
     group.addoption("--backends", default=DEFAULT, help=f"which of {','.join(BACKENDS)} to verify ({DEFAULT})")
     group.addoption("--impl", metavar="MODULE:CALLABLE", help="verify this instead of the backends")
-    group.addoption("--impl-lacks", metavar="CLAIMS", help="what it does not claim, instead of what it says itself")
+    group.addoption("--impl-lacks", metavar="CLAIMS", help="missing claims, instead of its own `lacks`")
     group.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where the implementations run (cpu)")
     group.addoption("--shard", metavar="I/N", help="check the I-th of N shares of the examples of a run")
     group.addoption("--replay", metavar="PROBLEM", help="run the selected laws on this problem alone: JSON or a file")
@@ -59,7 +59,7 @@ def share_failures() -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Use one thread in each worker; say what a replay command must repeat."""
+    """Use one thread in each worker; keep the options that a replay command repeats."""
     config.addinivalue_line("markers", "law(*sections, needs): the sections of SPEC.md a property comes from")
     torch.set_num_threads(1)
     if config.getoption("--device") == "cpu":
@@ -100,7 +100,7 @@ def repeated(config: pytest.Config) -> list[str]:
 
 
 def subjects(config: pytest.Config) -> dict[str, Implementation]:
-    """Return by name what the options ask to verify."""
+    """Return by name the implementations that the options name."""
     target, lacks, device = (config.getoption(name) for name in ("--impl", "--impl-lacks", "--device"))
     if target is None:
         if lacks is not None:
@@ -114,7 +114,7 @@ def subjects(config: pytest.Config) -> dict[str, Implementation]:
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
-    """Say what a run's verdict is about."""
+    """Name the versions and implementations of a run."""
     backend, subjects = mpmath.libmp.BACKEND, config.stash[SUBJECTS]
     about = "" if config.getoption("--impl") else "backends "
     claims = [f"titans: not claimed: {', '.join(sorted(CLAIMS - x.claims))}" for x in subjects.values()]
@@ -128,7 +128,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Make one test of each law and implementation; say so where a law needs what is not claimed."""
+    """Make one test of each law and implementation; skip where a law needs a missing claim."""
     if "implementation" not in metafunc.fixturenames:
         return
     mark = metafunc.definition.get_closest_marker("law")
@@ -180,7 +180,7 @@ def read_problem(given: str | None) -> Problem | None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Say what the test is about, even where it is not run."""
+    """Name the law and the implementation of a test, even of one that is not run."""
     item.user_properties[:] = report.properties(about(item))
 
 
@@ -205,7 +205,7 @@ def is_about_one(item: pytest.Function) -> bool:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
-    """Keep what the test found."""
+    """Keep the facts of the test."""
     recorder = item.stash[RECORDER]
     try:
         return (yield)
@@ -250,7 +250,7 @@ def verdict(given: pytest.TestReport) -> Verdict | None:
     """Return the verdict that a report of pytest's amounts to."""
     failed = "fail" if given.when == "call" else "error"
     outcome = {"passed": "pass", "skipped": "not claimed", "failed": failed}[given.outcome]
-    # What a skipped test says that it lacks, where no claim is missing.
+    # The reason of a skipped test, where no claim is missing.
     reason = (given.longrepr[2].removeprefix("Skipped: "),) if isinstance(given.longrepr, tuple) else ()
     return report.read(given.nodeid, outcome, reason, given.user_properties)
 

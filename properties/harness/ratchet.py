@@ -32,7 +32,7 @@ def measured(row: Verdict) -> Cases:
 
 
 def update(verdicts: list[Verdict]) -> None:
-    """Store the worst cases of this run, the replayed ones as they are now, in place of what it saw again."""
+    """Store the worst cases of this run, the replayed ones as they are now, in place of the stored ones."""
     stored = read()
     seen: dict[str, Cases] = {}
     for row in verdicts:

@@ -1,4 +1,4 @@
-"""What a run says in the end: a verdict of each law on each implementation, as text, as JSON and in JUnit's XML."""
+"""The summary of a run: a verdict on each law and implementation, as text, as JSON and in JUnit's XML."""
 
 import json
 import math
@@ -10,10 +10,10 @@ from typing import Any
 from properties.harness import ratchet
 from properties.harness.facts import Verdict
 
-# What a property of a test's report begins with; JUnit's XML has them too.
+# The first part of the names of a report's properties, which JUnit's XML has, too.
 PREFIX = "titans."
 REPLAYED = ("test_fixture", "test_ratchet")
-# The share of examples that may be ill-conditioned, where there are enough: 1 in 25 is, so difficult are they drawn.
+# The share of examples that may be ill-conditioned, where there are enough: the problems are difficult.
 ILL_CONDITIONED, ENOUGH = 0.1, 1000
 GATES = ("theta", "alpha", "eta")
 
@@ -36,7 +36,7 @@ def read(
 
 
 def write_json(path: Path, verdicts: list[Verdict], about: dict[str, Any]) -> None:
-    """Write what the run was about and all verdicts; a ratio that is not finite is a text."""
+    """Write the header of the run and all verdicts; a ratio that is not finite is a text."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = about | {"verdicts": [asdict(verdict) for verdict in verdicts]}
     path.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
@@ -70,7 +70,7 @@ def table(verdicts: list[Verdict]) -> list[str]:
 
 
 def shown(law: str) -> str:
-    """Return the name of a law without what they all begin with."""
+    """Return the name of a law without its first word, `test`."""
     return law.removeprefix("test_")
 
 
@@ -85,7 +85,7 @@ def brief(x: float) -> str:
 
 
 def line(law: str, verdict: str, rows: list[Verdict]) -> str:
-    """Show what some implementations made of a law."""
+    """Show one line for a law and some implementations."""
     # A law that compares bits has no error.
     compared = any(row.examples for row in rows)
     worst = max(rows, key=lambda row: row.ratio)

@@ -109,7 +109,7 @@ def check_form(inputs: Inputs, outputs: Results) -> None:
 
 
 class LawBroken(AssertionError):
-    """An implementation does not do what a law says.
+    """An implementation breaks a law.
 
     Parameters
     ----------

@@ -35,8 +35,8 @@ class Shard:
     def test(self, law: Property, share: float, random_seed: int, recorder: Recorder | None = None) -> Test:
         """Return a law as a test of this shard's problems.
 
-        Every shard draws every problem and passes over those of the others. What came before must not change what comes
-        next: nothing is taken from a database, steered by what was seen, or rejected, so that every example is drawn
+        Every shard draws every problem and passes over those of the others. No example may depend on those
+        before it: nothing is taken from a database, steered by `target`, or rejected, so that every example is drawn
         independently, and from the first failure on, when Hypothesis shrinks it, each problem is this shard's.
         """
         drawn, failed = 0, False

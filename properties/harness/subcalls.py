@@ -44,7 +44,7 @@ class Part:
         )
 
     def cotangents(self, of: Cotangents) -> Cotangents:
-        """Return what flows into this part."""
+        """Return the cotangents of this part."""
         given = {name: x for name in ("o", *STATE) if (x := getattr(of, name)) is not None}
         return Cotangents(**{name: self.select(name, x) for name, x in given.items()})
 
@@ -87,7 +87,7 @@ def resumed(inputs: Inputs, state: Results) -> Inputs:
 def chain(implementation: Implementation, inputs: Inputs, cotangents: Cotangents, splits: Sequence[int]) -> Results:
     """Run a call in pieces, each resumed from the last, and differentiate through all of them at once; as `run`.
 
-    Every piece has w and b of its own, so that `dw` and `db` have one more axis: what each of them gave.
+    Every segment has w and b of its own, so that `dw` and `db` have one more axis: that of the segments.
     """
     given, cuts = tensors(inputs), spans(inputs.q.shape[1], splits)
     weights = [name for name in ("w", "b") if name in given]

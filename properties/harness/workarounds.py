@@ -16,8 +16,8 @@ class Independent(HypothesisProvider):
     """Hypothesis's own draws, under another name.
 
     Of its own accord Hypothesis lets up to five variations follow an example, in which one choice repeats another. So
-    150 examples come from some 30 draws, and now and then hardly one of those has what a law is about. For a backend
-    that is not its own it draws every example afresh; what fails it shrinks as ever.
+    150 examples come from some 30 draws, and now and then hardly one of those exercises a law. For a backend
+    that is not its own it draws every example afresh, and shrinks failures as ever.
     """
 
 
@@ -51,7 +51,7 @@ def patch_once() -> None:
 
 
 def with_room(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function with room on CPython's stack of frames for what it calls.
+    """Return the function with room on CPython's stack of frames for its calls.
 
     That stack grows by 16 KiB and gives them back at once: where a busy call sits on the edge of such a block, as some
     call of Triton's interpreter often does, every single one maps and unmaps memory, and that takes half of the time.

@@ -1,1 +1,1 @@
-"""Problems: small readable descriptions of calls of the op, and what Hypothesis may draw of them."""
+"""Problems: small readable descriptions of calls of the op, and the strategies that draw them."""

@@ -231,7 +231,7 @@ GATE_KINDS: dict[str, type[Gate]] = {
 
 @functools.cache
 def read_gate(field: str, text: str) -> Gate:
-    """Read what a gate is like, or raise ValueError."""
+    """Read the text of a gate, or raise ValueError."""
     gate = read(GATE_KINDS, field, text)
     wrong = ABOVE if field == "theta" else LARGE
     for level in (x for x in vars(gate).values() if isinstance(x, Level)):

@@ -1,4 +1,4 @@
-"""What gates and values are like, as text: the name of a kind and its parameters, such as `spike 2^-1 0 -2`.
+"""Gates and values as text: the name of a kind and its parameters, such as `spike 2^-1 0 -2`.
 
 Reading a text raises ValueError unless it has the right parameters, each of the right form. The kinds themselves are in
 `gate_kinds` and `value_kinds`.

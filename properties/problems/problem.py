@@ -48,11 +48,11 @@ class Problem:
     splits : tuple of int
         Where the law of splitting cuts each sequence.
     theta, alpha, eta, q, k, v, w, b, state : str
-        What the gates and values are like; see `gate_kinds` and `value_kinds`.
+        The gates and values as texts; see `gate_kinds` and `value_kinds`.
     cotangent : str
         Which of `o M S anchor` have a cotangent.
     do : str
-        What that of `o` is like.
+        The cotangent of `o`, as a text.
     dtype, gate_dtype : str
         Of q, k, v, w, b and of the gates; a state is float64 where q is, else float32.
     log_gates : bool
@@ -91,7 +91,7 @@ class Problem:
     explicit: tuple[tuple[str, tuple[float, ...]], ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse what is no problem at all, so that a file with a mistake in it says so."""
+        """Refuse a description with a mistake in it."""
         rules = {
             "a batch must have sequences of one length": self.packed or len(set(self.lengths)) == 1,
             "lengths must be >= 0, H, D and C >= 1": min(self.lengths, default=0) >= 0 < min(self.H, self.D, self.C),
@@ -117,7 +117,7 @@ class Problem:
             read_value(name, getattr(self, name))
 
     def __repr__(self) -> str:
-        """Show what differs from the plainest call; Python reads it back."""
+        """Show the fields that differ from the plainest call; Python reads it back."""
         changed = (f"{name}={value!r}" for name, value in self._changed().items())
         return f"Problem({', '.join(changed)})"
 
@@ -130,12 +130,12 @@ class Problem:
         return {f.name: getattr(self, f.name) for f in fields if getattr(self, f.name) != f.default}
 
     def to_json(self) -> str:
-        """Write what differs from the plainest call, floats in hexadecimal."""
+        """Write the fields that differ from the plainest call, floats in hexadecimal."""
         return json.dumps(_hexadecimal(self._changed()), separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> "Problem":
-        """Read what `to_json` wrote."""
+        """Read the text that `to_json` wrote."""
         fields = {name: _tuples(value) for name, value in json.loads(text).items()}
         if "eps" in fields:
             fields["eps"] = _float(fields["eps"])
@@ -175,7 +175,7 @@ class Problem:
 
     @property
     def features(self) -> frozenset[str]:
-        """What an implementation needs to claim for this problem."""
+        """The claims that this problem needs."""
         uses = {
             self.memory: True,
             "varlen": self.packed,

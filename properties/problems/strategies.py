@@ -1,4 +1,4 @@
-"""Problems for Hypothesis: what is valid, not what is likely. Everything shrinks towards the plainest call."""
+"""Problems for Hypothesis: all that are valid, not only likely ones. They shrink towards the plainest call."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -18,7 +18,7 @@ UNIT_LEVELS = ("2^-1", *NEAR_0[:3], *NEAR_1[:3], "0", "1", *NEAR_0[3:], *NEAR_1[
 THETA_LEVELS = ("2^-1", *NEAR_0[:3], "2^0", "2^1", "2^3", "0", *NEAR_0[3:])
 PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23)
 EPS = (1e-6, 1e-5, 1e-3, 1.0)
-# What one problem may cost the oracle: tokens * heads * D^2.
+# The most that one problem may cost the oracle: tokens * heads * D^2.
 CELLS = 1200
 # Learning rates that amplify next to nothing.
 CALM_THETAS = ("random 2^-4 2^-6", "constant 2^-5", "alternate 2^-4 0", "uniform -5", "single 0 2^-4 1")
@@ -26,7 +26,7 @@ CALM_THETAS = ("random 2^-4 2^-6", "constant 2^-5", "alternate 2^-4 0", "uniform
 
 @st.composite
 def gates(draw: st.DrawFn, /, levels: Sequence[str] = UNIT_LEVELS, C: int = 16, T: int = 16) -> str:
-    """Draw what one gate is like."""
+    """Draw the text of a gate."""
     # A decay of 2^-n whose product leaves float32 within a chunk, and only over the whole sequence.
     fading = [-(-150 // max(n, 1)) for n in (C, T, 2 * C, 2 * T)]
     form = "1-2^-{}" if "1" in levels and draw(st.booleans()) else "2^-{}"
@@ -47,7 +47,7 @@ def lengths_near(draw: st.DrawFn, /, C: int, most: int, shortest: int = 0) -> in
 
 
 def values(huge: int, tiny: int) -> SearchStrategy[str]:
-    """Draw what q, k or v are like; `huge` and `tiny` are the exponents of the largest and smallest sizes."""
+    """Draw the text of q, k or v; `huge` and `tiny` are the exponents of the largest and smallest sizes."""
     texts = {name: kind.texts(huge, tiny) for name, kind in VALUE_KINDS.items()}
     # Together these are as frequent as one of the others.
     special = st.sampled_from([texts.pop(name) for name in ("signs", "integers", "basis", "flat", "zero")])
@@ -91,7 +91,7 @@ def problems(
     Parameters
     ----------
     D, C, memories, dtypes, initial, unit_levels, theta_levels : sequence
-        What to choose from, the plainest first.
+        The choices, the plainest first.
     heads, sequences, most : int
         At most so many heads, sequences, and tokens in a sequence.
     fewest_heads, fewest, shortest : int
@@ -113,7 +113,7 @@ def problems(
     length = lengths_near(chunk, longest, shortest)
     lengths = tuple(draw(st.lists(length, min_size=N, max_size=N))) if is_packed else (draw(length),) * N
     start = draw(st.sampled_from(initial))
-    # Every branch with as many choices: Hypothesis takes what has fewer for the smaller problem, whatever it chooses.
+    # Every branch with as many choices: to Hypothesis a problem with fewer choices is smaller.
     place = st.sampled_from([*range(chunk), *[chunk - 1] * chunk])
     kinds = values(*{"float64": (40, -300), "float16": (3, -14)}.get(dtype, (12, -120))) if wild else MILD_VALUES
     narrower: tuple[str, ...] = {"float64": ("float64", "float32", *HALF)}.get(dtype, ("float32", *HALF))

@@ -211,7 +211,7 @@ VALUE_KINDS: dict[str, type[Value]] = {
 
 @functools.cache
 def read_value(field: str, text: str) -> Value:
-    """Read what a tensor is like, or raise ValueError."""
+    """Read the text of a tensor, or raise ValueError."""
     value = read(VALUE_KINDS, field, text)
     if value.of_tokens and field in ("w", "b", "state"):
         raise ValueError(f"`{field}` has no tokens and must not be a {value.name!r}, got {text!r}")

@@ -127,7 +127,7 @@ def test_examples_that_exercise_nothing_do_not_count() -> None:
 
 def test_a_law_that_returns_nothing_is_an_error() -> None:
     forgetful: Any = Property(lambda implementation, problem: None, problems(), frozenset(), 1)  # type: ignore[arg-type, return-value]
-    with pytest.raises(TypeError, match="a law must return what it compared"):
+    with pytest.raises(TypeError, match="a law must return its comparisons"):
         forgetful.check(implementation(Definition()), Problem())
 
 
