@@ -44,7 +44,7 @@ class Fault:
     Parameters
     ----------
     name : str
-        Says what is wrong.
+        Names the mistake.
     backend : str
         The one to verify.
     laws : tuple of str
