@@ -113,25 +113,35 @@ def draw(curves: dict[str, list[float]], path: Path, window: int = 10) -> None:
     figure.savefig(path)
 
 
+def run(norm_memory: bool, sigmoid_gates: bool, steps: int, seed: int) -> tuple[str, list[float], bool]:
+    """Train one model; return its name, its accuracies, and whether they are as they should be."""
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    name, start = title(norm_memory, sigmoid_gates), time.process_time()
+    accuracies = train(Model(norm_memory, sigmoid_gates), steps, seed, name)
+    accuracy, seconds = final(accuracies), time.process_time() - start
+    print(f"seed {seed}, {name}: {accuracy:.3f}, {seconds:.0f} s of CPU (chance {1 / VALUES:.3f})", flush=True)
+    return name, accuracies, accuracy < 0.1 if sigmoid_gates else accuracy >= 0.98
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train the four models with every seed; return the number of those that did not do what they should."""
+    """Train the four models with every seed; return the number of those that are not as they should be."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=350)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--picture", type=Path, default=Path(__file__).with_suffix(".png"))
     options = parser.parse_args(arguments)
-    failures = 0
-    for seed in options.seeds:
-        curves = {}
-        for sigmoid_gates, norm_memory in product((False, True), (True, False)):
-            torch.manual_seed(seed)
-            name, start = title(norm_memory, sigmoid_gates), time.process_time()
-            curves[name] = train(Model(norm_memory, sigmoid_gates), options.steps, seed, name)
-            accuracy, seconds = final(curves[name]), time.process_time() - start
-            failures += accuracy >= 0.1 if sigmoid_gates else accuracy < 0.98
-            print(f"seed {seed}, {name}: {accuracy:.3f}, {seconds:.0f} s of CPU (chance {1 / VALUES:.3f})", flush=True)
-        draw(curves, options.picture)
-    return failures
+    models = product((True, False), (False, True))
+    runs = [(*model, options.steps, seed) for seed, model in product(options.seeds, models)]
+    if options.jobs == 1:
+        results = [run(*each) for each in runs]
+    else:
+        with torch.multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
+            results = pool.starmap(run, runs, chunksize=1)
+    # those of the first seed
+    draw({name: accuracies for name, accuracies, _ in results[:4]}, options.picture)
+    return sum(not is_right for _, _, is_right in results)
 
 
 if __name__ == "__main__":

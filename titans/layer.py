@@ -161,7 +161,7 @@ class TitansLinear(nn.Module):
         state: LayerState | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, None, Any]:
-        """Read the tokens, and return what the memory says to each.
+        """Read tokens: each token is stored in the memory and looked up in it.
 
         Parameters
         ----------

