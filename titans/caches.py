@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import _register_namedtuple
 
 from titans.arguments import TitansState
 
@@ -40,6 +41,8 @@ class LayerState(NamedTuple):
 
 # so that torch.load(..., weights_only=True), its default, accepts a saved state
 torch.serialization.add_safe_globals([LayerState])
+# and torch.export.save a program with one
+_register_namedtuple(LayerState, serialized_type_name="titans.LayerState")
 
 
 def read(cache: Any, layer_idx: int) -> LayerState | None:

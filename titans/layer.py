@@ -224,15 +224,19 @@ class TitansLinear(nn.Module):
         self, x: Tensor, state: LayerState | None, cu_seqlens: Tensor | None, output_state: bool
     ) -> tuple[Tensor, LayerState | None]:
         if state is not None:
-            state = LayerState(TitansState(*state[0]), tuple(state[1])).to(x.device)
+            memory, conv = state
+            memory = memory if isinstance(memory, TitansState) else TitansState(*memory)
+            state = LayerState(memory, tuple(conv)).to(x.device)
             if len(state.conv) != 3 * self.use_short_conv:
                 raise ValueError(f"the state must have {3 * self.use_short_conv} convolutions, got {len(state.conv)}")
         projected = [self._project(i, x, state, output_state, cu_seqlens) for i in range(3)]
         q, k, v = (self._heads(y) for y, _ in projected)
-        o, memory = self._remember(_unit(q), _unit(k), v, self.gates(x), state, cu_seqlens, output_state)
+        o, after = self._remember(_unit(q), _unit(k), v, self.gates(x), state, cu_seqlens, output_state)
         o = self.o_norm(o, self._heads(self.g_proj(x))) if self.use_gate else self.o_norm(o)
-        final = None if memory is None else LayerState(memory, tuple(y for _, y in projected if y is not None))
-        return self.o_proj(o.flatten(-2)), final
+        o = self.o_proj(o.flatten(-2))
+        if not output_state or after is None:
+            return o, None
+        return o, LayerState(after, tuple(y for _, y in projected if y is not None))
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:-1], self.num_heads, self.head_dim)  # (B, T, H, D)
@@ -262,9 +266,7 @@ class TitansLinear(nn.Module):
         output_state: bool,
     ) -> tuple[Tensor, TitansState | None]:
         """The op on (B, T, H, D), in one step where there is one token of each sequence."""
-        N = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-        M_0 = self.M_0.to(compute_dtype(q.dtype)).expand(N, -1, -1, -1)
-        memory = M_0 if state is None else state.memory
+        memory = self.M_0 if state is None else state.memory
         C = self.chunk_size
         if q.shape[1] == 1 and cu_seqlens is None:
             q_t, k_t, v_t, theta_t, alpha_t, eta_t = (x.squeeze(1) for x in (q, k, v, *gates))

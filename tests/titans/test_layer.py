@@ -190,7 +190,11 @@ def check_call(call: dict[str, Any], dtype: torch.dtype, device: str) -> None:
     """The op's results lie within the op's bounds of the exact ones, from the state that was really passed in."""
     arguments = [None if x is None else x.detach().cpu() for x in call["arguments"]]
     start = call["start"]
-    state = {"M": start} if isinstance(start, Tensor) else dict(zip(("M", "S", "anchor"), start, strict=False))
+    state = (
+        {"M": start.expand(B, -1, -1, -1)}
+        if isinstance(start, Tensor)
+        else dict(zip(("M", "S", "anchor"), start, strict=False))
+    )
     offset = None if isinstance(start, Tensor) else tuple(start.offset.tolist())
     state = {name: x.detach().cpu() for name, x in state.items()}
     inputs = oracle.Inputs(*arguments, chunk_size=C, **state, offset=offset, log_gates=True)
@@ -240,7 +244,7 @@ def test_prefill_any_split_and_decoding_are_the_op_within_its_bounds(
     calls = recorder.calls
     for call in calls:
         check_call(call, dtype, device)
-    assert torch.equal(calls[0]["start"], module.M_0.to(calls[0]["start"].dtype).expand(B, -1, -1, -1))
+    assert calls[0]["start"] is module.M_0
     for before, after in pairwise(calls):
         assert all(torch.equal(a, b) for a, b in zip(before["state"], after["start"], strict=True))
     assert all(torch.equal(a, b) for a, b in zip(calls[-1]["state"], state.memory, strict=True))
@@ -278,8 +282,9 @@ def test_a_state_says_where_the_sequences_stand() -> None:
     assert [x.shape for x in state.conv] == [(B, H * D, 3)] * 3
 
 
-def test_a_state_is_returned_on_request_alone() -> None:
-    module, x = make(), tokens()
+@pytest.mark.parametrize("T", [1, T])
+def test_a_state_is_returned_on_request_alone(T: int) -> None:
+    module, x = make(), tokens(T=T)
     with torch.no_grad():
         o, attentions, state = module(x, output_attentions=True)
         assert attentions is None
@@ -409,6 +414,10 @@ def test_a_mask_that_is_none_of_padding_is_refused(mask: Tensor, error: type[Exc
 def test_contradictions_are_refused() -> None:
     module, x = make(), tokens()
     _, _, state = module(x, use_cache=True)
+    module.chunk_size = C + 1
+    with pytest.raises(ValueError, match="chunk_size"):
+        module(x, state=state)
+    module.chunk_size = C
     cases: list[tuple[dict[str, Any], str]] = [
         ({"attention_mask": torch.ones(B, T).bool(), "cu_seqlens": torch.tensor([0, T])}, "must not both"),
         ({"past_key_values": []}, "`layer_idx`"),
@@ -502,8 +511,10 @@ def test_prefill_and_a_step_of_decoding_can_be_exported(T: int) -> None:
     module, x = make(), tokens(T=T)
     with torch.no_grad():
         _, _, state = module(tokens(2), use_cache=True)
-        exported = torch.export.export(module, (x,), {"state": state}).module()
-        y, _, final = exported(x, state=state)
+        file = io.BytesIO()
+        torch.export.save(torch.export.export(module, (x,), {"state": state}), file)
+        file.seek(0)
+        y, _, final = torch.export.load(file).module()(x, state=state)
         z, _, wanted = module(x, state=state)
     assert torch.equal(y, z)
     assert same(final, wanted)
