@@ -193,15 +193,15 @@ class TitansLinear(nn.Module):
         TypeError, ValueError
             If an argument breaks a rule above.
         """
-        T = hidden_states.shape[1]
-        if attention_mask is None:
+        B, T = hidden_states.shape[:2]
+        if attention_mask is not None and cu_seqlens is not None:
+            raise ValueError("`attention_mask` and `cu_seqlens` must not both be given")
+        places, bounds = (None, cu_seqlens) if attention_mask is None else _unpadding(attention_mask, hidden_states)
+        if places is None or len(places) == B * T:
             o, final = self._resume(hidden_states, past_key_values, use_cache, state, cu_seqlens, T)
             return o, None, final
-        if cu_seqlens is not None:
-            raise ValueError("`attention_mask` and `cu_seqlens` must not both be given")
-        places, cu_seqlens = _unpadding(attention_mask, hidden_states)
         packed = hidden_states.flatten(0, 1).index_select(0, places)[None]
-        o, final = self._resume(packed, past_key_values, use_cache, state, cu_seqlens, T)
+        o, final = self._resume(packed, past_key_values, use_cache, state, bounds, T)
         padded = o.new_zeros(hidden_states.shape).flatten(0, 1)
         return padded.index_copy(0, places, o[0]).view(hidden_states.shape), None, final
 

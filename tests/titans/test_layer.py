@@ -385,6 +385,16 @@ def test_a_padded_batch_resumes_and_a_longer_mask_counts_from_its_end() -> None:
         assert same(untouched, left)
 
 
+@pytest.mark.parametrize("T", [1, T])
+def test_a_mask_of_ones_changes_nothing(T: int) -> None:
+    module, x = make(), tokens(T=T)
+    with torch.no_grad():
+        y, _, state = module(x, attention_mask=torch.ones(B, T + 3).long(), use_cache=True)
+        z, _, wanted = module(x, use_cache=True)
+    assert torch.equal(y, z)
+    assert same(state, wanted)
+
+
 def test_packed_sequences_are_a_right_padded_batch() -> None:
     module, x = make(), tokens()
     mask = torch.ones(B, T, dtype=torch.bool)
