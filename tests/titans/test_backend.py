@@ -29,7 +29,7 @@ def test_the_kernels_are_for_cuda_where_they_take_the_call(otherwise: Backend) -
     for refused, reason in (
         (call("cuda", torch.float64), "float64"),
         (call("cuda", D=129), "129"),
-        (call("cuda")._replace(chunk_size=129), "129"),
+        (call("cuda")._replace(chunk_size=2**30), str(2**30)),
     ):
         backend, against = choose(refused, None, otherwise)
         assert backend == otherwise

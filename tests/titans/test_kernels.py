@@ -29,6 +29,10 @@ PROBLEMS = {
     "C = 33": Problem((35,), D=3, C=33, initial="M", eta="uniform 0", alpha="random 2^-9 2^-1", seed=4),
     # of the two blocks of a chunk the last chunk fills one
     "normalised, C = 33": replace(NORMALISED, lengths=(34,), D=3, C=33, initial="M", seed=12),
+    # chunks of many blocks, and some that no sequence fills
+    "C = 200": Problem((60,), D=3, C=200, initial="full", offsets=(180,), theta="random 2^-6 2^-2", seed=13),
+    "normalised, C = 256": replace(NORMALISED, lengths=(265,), D=2, C=256, seed=14),
+    "packed, T < C = 256": Problem((20, 0, 70), packed=True, D=3, C=256, initial="full", offsets=(250, 1, 5), seed=15),
     "no state": replace(NORMALISED, lengths=(5,), D=20, C=16, seed=5),
     "resumed": replace(NORMALISED, lengths=(9, 9), D=16, C=5, initial="full", offsets=(4, 1), seed=6),
     "packed": Problem((2, 0, 1, 9), packed=True, H=2, D=3, C=5, initial="full", offsets=(4, 0, 4, 2), seed=7),

@@ -36,6 +36,7 @@ from titans.partition import Layout, layout_of
 LARGEST = 128
 # inside a block of 64 tokens, offsets are 32 bits wide
 WIDEST = 2**31 // 64
+FARTHEST = 2**31
 
 
 def reason_against(call: Call) -> str | None:
@@ -45,8 +46,9 @@ def reason_against(call: Call) -> str | None:
         return "takes float32, float16 or bfloat16, got `q` in float64"
     if D > LARGEST:
         return f"takes D <= {LARGEST}, got D = {D}"
-    if call.chunk_size > LARGEST:
-        return f"takes `chunk_size` <= {LARGEST}, got {call.chunk_size}"
+    # positions are counted from the start of the chunk in which a sequence resumes
+    if q.shape[1] + 2 * call.chunk_size >= FARTHEST:
+        return f"takes T + 2 `chunk_size` < {FARTHEST}, got {q.shape[1]} + 2 * {call.chunk_size}"
     if call.q.shape[2] * D >= WIDEST:
         return f"takes H * D < {WIDEST}, got {call.q.shape[2] * D}"
     if INTERPRETED:
