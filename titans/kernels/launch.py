@@ -131,18 +131,16 @@ def state(plan: Plan, step_end: End, saved: Saved) -> State:
     """Eq. (8)-(10): the final state; writes `saved`."""
     call = plan.call
     final = State(*(torch.empty_like(call.M) for _ in range(3)))
-    affine, initial = Affine(call.w, call.b), State(call.M, call.S, call.anchor)
     if hopper.stages_of(call).state:
+        # Gluon is experimental: it is imported where it is used
         from titans.kernels.hopper.state import launch_state
 
-        _, T, H, _ = call.q.shape
-        launch_state(
-            plan.chains, call.k, call.v, affine, step_end, initial, plan.where, saved, final, T, H, call.eps, plan.tile,
-        )  # fmt: skip
+        launch_state(call, plan.where, plan.tile, step_end, saved, final)
         return final
     state_kernel[plan.chains](
-        k_ptr=call.k, v_ptr=call.v, affine=affine, step_end=step_end, initial=initial, saved=saved, final=final,
-        eps=call.eps, STAGES=stages(plan), **plan.square,
+        k_ptr=call.k, v_ptr=call.v, affine=Affine(call.w, call.b), step_end=step_end,
+        initial=State(call.M, call.S, call.anchor), saved=saved, final=final, eps=call.eps,
+        STAGES=stages(plan), **plan.square,
     )  # fmt: skip
     return final
 

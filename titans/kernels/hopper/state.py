@@ -4,10 +4,13 @@ chain   4 or 8 warps   u = u(k A), M and S; both in the float32 accumulators of 
 copies  4 warps        k, v and the coefficients of the steps' ends to shared memory, STAGES steps ahead;
                        M0, S0, x and r from there
 
-The chain's warps touch global memory before and after the loop only: their fences would wait for it. The roles meet at
-barriers in shared memory, each of which one role completes once a step:
+The chain's warps touch global memory before and after the loop only: their fences would wait for it. Where a row fills
+a tile, the copy engine moves k, v, M0 and S0: copies by warps took up to a fifth of a step, since they share the way to
+shared memory with the chain.
 
-full[slot]   copies -> chain   the operands of a step have arrived
+The roles meet at barriers in shared memory, each of which is completed once a step:
+
+full[slot]   copies -> chain   the operands of a step have arrived; half of it is the copy engine's
 done         chain -> copies   a step is over: its slot is free; x, r and the next M0 and S0 can be saved
 x_free       copies -> chain   x and r have been saved
 S_free       copies -> chain   M0 and S0 have been saved
@@ -16,7 +19,7 @@ S_free       copies -> chain   M0 and S0 have been saved
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from triton.experimental import gluon
@@ -25,11 +28,14 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from titans.kernels.block import own_step, sequence_of, step_count
+from titans.arguments import Call
+from titans.kernels.block import own_step, sequence_of, span, step_count
 from titans.kernels.hopper.common import (
     TILE,
     VECTOR,
@@ -54,15 +60,54 @@ from titans.kernels.tile import Affine, End, Saved, State, Tile, Where
 ONE_EACH = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 
 
+class Engine(NamedTuple):
+    """Tensors as the copy engine moves them, a tile at once; None where a row does not fill a tile."""
+
+    k: TensorDescriptor | None  # (B T, H D)
+    v: TensorDescriptor | None
+    M0: TensorDescriptor | None  # (K H D, D)
+    S0: TensorDescriptor | None
+
+
 @gluon.jit
-def load_step(k_ptr, v_ptr, step_end, k_s, v_s, c_s, slot, step, tile: gl.constexpr, COPY: gl.constexpr):
-    """Start copying the operands of a step to a slot."""
-    copy_rows(k_s.index(slot), k_ptr, step.row, step.H, step.length, tile.D, COPY)
-    copy_rows(v_s.index(slot), v_ptr, step.row, step.H, step.length, tile.D, COPY)
+def load_step(
+    k_ptr, v_ptr, engine, step_end, k_s, v_s, c_s, full, slot, step, token, tile: gl.constexpr, COPY: gl.constexpr,
+):  # fmt: skip
+    """Start copying the operands of a step to a slot; the engine copies the rows after its last as well."""
+    if tile.D == tile.BD:
+        at = [token.to(gl.int32), gl.program_id(0) % step.H * tile.D]
+        mbarrier.expect(full.index(slot), 2 * tile.BS * tile.D * 2)
+        tma.async_copy_global_to_shared(engine.k, at, full.index(slot), k_s.index(slot))
+        tma.async_copy_global_to_shared(engine.v, at, full.index(slot), v_s.index(slot))
+    else:
+        copy_rows(k_s.index(slot), k_ptr, step.row, step.H, step.length, tile.D, COPY)
+        copy_rows(v_s.index(slot), v_ptr, step.row, step.H, step.length, tile.D, COPY)
     weights = step_end.weights + step.index * 2 * tile.BS
     copy_vector(c_s.index(3 * slot), weights, step.length, ONE_EACH)
     copy_vector(c_s.index(3 * slot + 1), weights + tile.BS, step.length, ONE_EACH)
     copy_vector(c_s.index(3 * slot + 2), step_end.transition + step.index * 3, 3, ONE_EACH)
+
+
+@gluon.jit
+def save_squares(engine, A_s, S_s, row, wanted, tile: gl.constexpr):
+    """Let the copy engine start storing M0 and S0, if there is a step that they enter."""
+    # the compiler must see neither where the engine is not used
+    if tile.D == tile.BD:  # noqa: SIM102
+        if wanted:
+            tma.async_copy_shared_to_global(engine.M0, [row.to(gl.int32), 0], A_s)
+            tma.async_copy_shared_to_global(engine.S0, [row.to(gl.int32), 0], S_s)
+
+
+@gluon.jit
+def announce(full, tile: gl.constexpr):
+    """Wait for the copies of this role, and arrive."""
+    async_copy.commit_group()
+    async_copy.wait_group(0)
+    if tile.D == tile.BD:
+        mbarrier.arrive(full, count=1)
+    else:
+        fence_async_shared()
+        mbarrier.arrive(full, count=2)
 
 
 @gluon.jit
@@ -76,31 +121,42 @@ def save_tokens(saved, x_s, r_s, step, tile: gl.constexpr, COPY: gl.constexpr):
 
 @gluon.jit
 def copy_part(
-    k_ptr, v_ptr, step_end, saved, k_s, v_s, c_s, A_s, S_s, x_s, r_s, full, done, x_free, S_free, sequence, steps, H,
+    k_ptr, v_ptr, engine, step_end, saved, k_s, v_s, c_s, A_s, S_s, x_s, r_s, full, done, x_free, S_free,
+    sequence, steps, H,
     tile: gl.constexpr, COPY: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """After step i: fetch the operands of step i + STAGES, save x and r of step i, then M0 and S0 of step i + 1."""
+    """After step i: save x and r of step i, M0 and S0 of step i + 1, and fetch the operands of step i + STAGES."""
     h = gl.program_id(0) % H
     for i in range(-STAGES, steps):
         ahead = i + STAGES
+        own = own_step(i, sequence, h, H, tile.BS, tile)
+        next_square = (own.index + H) * tile.D
         if i >= 0:
             mbarrier.wait(done.index(0), i & 1)
+            save_squares(engine, A_s, S_s, next_square, i + 1 < steps, tile)
         if ahead < steps:
             step = own_step(ahead, sequence, h, H, tile.BS, tile)
-            load_step(k_ptr, v_ptr, step_end, k_s, v_s, c_s, ahead % STAGES, step, tile, COPY)
+            token = sequence.begin + span(ahead, sequence, tile.BS, tile.BS, tile)[0]
+            load_step(k_ptr, v_ptr, engine, step_end, k_s, v_s, c_s, full, ahead % STAGES, step, token, tile, COPY)
         if i >= 0:
-            step = own_step(i, sequence, h, H, tile.BS, tile)
-            save_tokens(saved, x_s, r_s, step, tile, COPY)
+            save_tokens(saved, x_s, r_s, own, tile, COPY)
             mbarrier.arrive(x_free.index(0), count=1)
-            if i + 1 < steps:
-                at = (step.index + H) * tile.D
-                save_rows(saved.M0, A_s, at, 1, tile.D, tile.D, COPY)
-                save_rows(saved.S0, S_s, at, 1, tile.D, tile.D, COPY)
+            if tile.D == tile.BD:
+                tma.store_wait(0)
+            elif i + 1 < steps:
+                save_rows(saved.M0, A_s, next_square, 1, tile.D, tile.D, COPY)
+                save_rows(saved.S0, S_s, next_square, 1, tile.D, tile.D, COPY)
             mbarrier.arrive(S_free.index(0), count=1)
-        async_copy.commit_group()
-        async_copy.wait_group(0)
-        fence_async_shared()
-        mbarrier.arrive(full.index(ahead % STAGES), count=1)
+        if ahead < steps:
+            announce(full.index(ahead % STAGES), tile)
+
+
+@gluon.jit
+def clear_rows(x_s, length, tile: gl.constexpr, LAYOUT: gl.constexpr):
+    """Put zeros in place of the rows from `length` on, whatever is there."""
+    offs_t = gl.expand_dims(gl.arange(0, tile.BS, layout=gl.SliceLayout(1, LAYOUT)), 1)
+    x = x_s.load(LAYOUT)
+    x_s.store(gl.where(offs_t < length, x, gl.zeros_like(x)))
 
 
 @gluon.jit
@@ -162,6 +218,10 @@ def chain_part(
         length = own_step(i, sequence, h, H, tile.BS, tile).length
         mbarrier.wait(full.index(slot), i // STAGES & 1)
         k = k_s.index(slot)
+        if length < tile.BS:
+            clear_rows(k, length, tile, TOKENS)
+            clear_rows(v_s.index(slot), length, tile, TOKENS)
+            fence_async_shared()
         y = warpgroup_mma(k, A_s, zero, use_acc=False, is_async=True)
         # beside the product: all that needs neither y nor u
         transition = c_s.index(3 * slot + 2)
@@ -201,7 +261,7 @@ def chain_part(
 @gluon.jit(do_not_specialize=["T", "H"])
 def hopper_state_kernel(
     k_ptr, v_ptr,  # (B, T, H, D)
-    affine, step_end, initial, where,
+    engine, affine, step_end, initial, where,
     saved, final,  # out
     T, H, eps, tile: gl.constexpr,
     TOKENS: gl.constexpr, SQUARE: gl.constexpr, COPY: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
@@ -231,7 +291,7 @@ def hopper_state_kernel(
     x_free = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     S_free = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(full.index(i), count=2)
     mbarrier.init(done.index(0), count=1)
     mbarrier.init(x_free.index(0), count=1)
     mbarrier.init(S_free.index(0), count=1)
@@ -239,7 +299,7 @@ def hopper_state_kernel(
         [
             (chain_part, (affine, initial, saved, final, k_s, v_s, c_s, A_s, S_s, uG_s, un_s, x_s, r_s, w_s,
                           full, done, x_free, S_free, sequence, steps, H, eps, tile, TOKENS, SQUARE, STAGES)),
-            (copy_part, (k_ptr, v_ptr, step_end, saved, k_s, v_s, c_s, A_s, S_s, x_s, r_s,
+            (copy_part, (k_ptr, v_ptr, engine, step_end, saved, k_s, v_s, c_s, A_s, S_s, x_s, r_s,
                          full, done, x_free, S_free, sequence, steps, H, tile, COPY, STAGES)),
         ],
         [4],
@@ -262,16 +322,31 @@ def options(BD: int) -> dict[str, Any]:
         }  # fmt: skip
     return {
         "TOKENS": product([4, 2], 64), "SQUARE": product([8, 1], 128), "COPY": copying(128, 4), "STAGES": 2,
-        "REGISTERS": 40, "num_warps": 8,
+        "REGISTERS": 24, "num_warps": 8,
     }  # fmt: skip
 
 
-def launch_state(
-    grid: tuple[int], k: Tensor, v: Tensor, affine: Affine, step_end: End, initial: State, where: Where,
-    saved: Saved, final: State, T: int, H: int, eps: float, tile: Tile,
-) -> None:  # fmt: skip
-    """Launch the kernel; the arguments are those of `state_kernel`."""
-    hopper_state_kernel[grid](
-        k_ptr=aligned(k), v_ptr=aligned(v), affine=affine, step_end=step_end, initial=initial, where=where,
-        saved=saved, final=final, T=T, H=H, eps=eps, tile=tile, **options(64 if k.shape[-1] <= 64 else 128),
+def engine_of(k: Tensor, v: Tensor, saved: Saved, BS: int) -> Engine:
+    """Tell the copy engine of the tensors that it moves."""
+    D = k.shape[-1]
+    if D not in (64, 128):
+        return Engine(None, None, None, None)
+    tokens = (TensorDescriptor.from_tensor(x.view(-1, x.shape[-2] * D), [BS, D], TILE.value) for x in (k, v))
+    squares = (TensorDescriptor.from_tensor(x.view(-1, D), [D, D], TILE.value) for x in (saved.M0, saved.S0))
+    return Engine(*tokens, *squares)
+
+
+def launch_state(call: Call, where: Where, tile: Tile, step_end: End, saved: Saved, final: State) -> None:
+    """Launch the kernel, as `titans.kernels.launch.state` does the portable one."""
+    (N, H, D, _), T, initial = call.M.shape, call.q.shape[1], State(call.M, call.S, call.anchor)
+    if T == 0:
+        # there is nothing for the copy engine to move
+        for new, old in zip(final, initial, strict=True):
+            new.copy_(old)
+        return
+    k, v = aligned(call.k), aligned(call.v)
+    hopper_state_kernel[(N * H,)](
+        k_ptr=k, v_ptr=v, engine=engine_of(k, v, saved, call.chunk_size), affine=Affine(call.w, call.b),
+        step_end=step_end, initial=initial, where=where, saved=saved, final=final, T=T, H=H, eps=call.eps, tile=tile,
+        **options(64 if D <= 64 else 128),
     )  # fmt: skip
