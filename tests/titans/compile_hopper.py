@@ -5,10 +5,13 @@ python -m tests.titans.compile_hopper
 
 import json
 import re
+import subprocess
+import tempfile
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton
 from triton.runtime import JITFunction, driver
 
 from tests.titans.compile_kernels import NoGPU, resources
@@ -65,15 +68,28 @@ def compiled(variant: Variant) -> list[Any]:
     return found
 
 
+def spilled(cubin: bytes) -> int:
+    """Return how often the loop of the chain, which is where the products are, touches memory for want of registers."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-sass", file.name]
+        code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    loop = code[code.index("HGMMA") : code.rindex("HGMMA")]
+    return len(re.findall(r"\b(?:LDL|STL)\b", loop))
+
+
 def facts(variant: Variant, kernel: Any) -> dict[str, Any]:
     """Return what the tests ask about."""
     ptx = kernel.asm["ptx"]
     return {
         "name": f"{kernel.name} {variant}",
+        "D": variant.D,
         "shared": kernel.metadata.shared,
         "products": len(re.findall(r"ttng\.warp_group_dot ", kernel.asm["ttgir"])),
         "mma": sorted(set(re.findall(r"wgmma\.mma_async\S*\.f32\.(\w+\.\w+)", ptx))),
         "atomics": re.findall(r"\b(?:atom|red)\.\S+", ptx),
+        "spilled": spilled(kernel.asm["cubin"]),
         **resources(kernel.asm["cubin"]),
     }
 

@@ -19,7 +19,7 @@ S_free       copies -> chain   M0 and S0 have been saved
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 from triton.experimental import gluon
@@ -60,25 +60,17 @@ from titans.kernels.tile import Affine, End, Saved, State, Tile, Where
 ONE_EACH = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 
 
-class Engine(NamedTuple):
-    """Tensors as the copy engine moves them, a tile at once; None where a row does not fill a tile."""
-
-    k: TensorDescriptor | None  # (B T, H D)
-    v: TensorDescriptor | None
-    M0: TensorDescriptor | None  # (K H D, D)
-    S0: TensorDescriptor | None
-
-
 @gluon.jit
 def load_step(
-    k_ptr, v_ptr, engine, step_end, k_s, v_s, c_s, full, slot, step, token, tile: gl.constexpr, COPY: gl.constexpr,
+    k_ptr, v_ptr, k_engine, v_engine, step_end, k_s, v_s, c_s, full, slot, step, token,
+    tile: gl.constexpr, COPY: gl.constexpr,
 ):  # fmt: skip
     """Start copying the operands of a step to a slot; the engine copies the rows after its last as well."""
     if tile.D == tile.BD:
         at = [token.to(gl.int32), gl.program_id(0) % step.H * tile.D]
         mbarrier.expect(full.index(slot), 2 * tile.BS * tile.D * 2)
-        tma.async_copy_global_to_shared(engine.k, at, full.index(slot), k_s.index(slot))
-        tma.async_copy_global_to_shared(engine.v, at, full.index(slot), v_s.index(slot))
+        tma.async_copy_global_to_shared(k_engine, at, full.index(slot), k_s.index(slot))
+        tma.async_copy_global_to_shared(v_engine, at, full.index(slot), v_s.index(slot))
     else:
         copy_rows(k_s.index(slot), k_ptr, step.row, step.H, step.length, tile.D, COPY)
         copy_rows(v_s.index(slot), v_ptr, step.row, step.H, step.length, tile.D, COPY)
@@ -89,13 +81,13 @@ def load_step(
 
 
 @gluon.jit
-def save_squares(engine, A_s, S_s, row, wanted, tile: gl.constexpr):
+def save_squares(M0_engine, S0_engine, A_s, S_s, row, wanted, tile: gl.constexpr):
     """Let the copy engine start storing M0 and S0, if there is a step that they enter."""
     # the compiler must see neither where the engine is not used
     if tile.D == tile.BD:  # noqa: SIM102
         if wanted:
-            tma.async_copy_shared_to_global(engine.M0, [row.to(gl.int32), 0], A_s)
-            tma.async_copy_shared_to_global(engine.S0, [row.to(gl.int32), 0], S_s)
+            tma.async_copy_shared_to_global(M0_engine, [row.to(gl.int32), 0], A_s)
+            tma.async_copy_shared_to_global(S0_engine, [row.to(gl.int32), 0], S_s)
 
 
 @gluon.jit
@@ -121,8 +113,8 @@ def save_tokens(saved, x_s, r_s, step, tile: gl.constexpr, COPY: gl.constexpr):
 
 @gluon.jit
 def copy_part(
-    k_ptr, v_ptr, engine, step_end, saved, k_s, v_s, c_s, A_s, S_s, x_s, r_s, full, done, x_free, S_free,
-    sequence, steps, H,
+    k_ptr, v_ptr, k_engine, v_engine, M0_engine, S0_engine, step_end, saved,
+    k_s, v_s, c_s, A_s, S_s, x_s, r_s, full, done, x_free, S_free, sequence, steps, H,
     tile: gl.constexpr, COPY: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """After step i: save x and r of step i, M0 and S0 of step i + 1, and fetch the operands of step i + STAGES."""
@@ -133,11 +125,13 @@ def copy_part(
         next_square = (own.index + H) * tile.D
         if i >= 0:
             mbarrier.wait(done.index(0), i & 1)
-            save_squares(engine, A_s, S_s, next_square, i + 1 < steps, tile)
+            save_squares(M0_engine, S0_engine, A_s, S_s, next_square, i + 1 < steps, tile)
         if ahead < steps:
             step = own_step(ahead, sequence, h, H, tile.BS, tile)
             token = sequence.begin + span(ahead, sequence, tile.BS, tile.BS, tile)[0]
-            load_step(k_ptr, v_ptr, engine, step_end, k_s, v_s, c_s, full, ahead % STAGES, step, token, tile, COPY)
+            load_step(
+                k_ptr, v_ptr, k_engine, v_engine, step_end, k_s, v_s, c_s, full, ahead % STAGES, step, token, tile, COPY
+            )
         if i >= 0:
             save_tokens(saved, x_s, r_s, own, tile, COPY)
             mbarrier.arrive(x_free.index(0), count=1)
@@ -261,7 +255,8 @@ def chain_part(
 @gluon.jit(do_not_specialize=["T", "H"])
 def hopper_state_kernel(
     k_ptr, v_ptr,  # (B, T, H, D)
-    engine, affine, step_end, initial, where,
+    k_engine, v_engine, M0_engine, S0_engine,  # k, v (B T, H D), M0 and S0 (K H D, D) as the copy engine moves them
+    affine, step_end, initial, where,
     saved, final,  # out
     T, H, eps, tile: gl.constexpr,
     TOKENS: gl.constexpr, SQUARE: gl.constexpr, COPY: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
@@ -299,7 +294,8 @@ def hopper_state_kernel(
         [
             (chain_part, (affine, initial, saved, final, k_s, v_s, c_s, A_s, S_s, uG_s, un_s, x_s, r_s, w_s,
                           full, done, x_free, S_free, sequence, steps, H, eps, tile, TOKENS, SQUARE, STAGES)),
-            (copy_part, (k_ptr, v_ptr, engine, step_end, saved, k_s, v_s, c_s, A_s, S_s, x_s, r_s,
+            (copy_part, (k_ptr, v_ptr, k_engine, v_engine, M0_engine, S0_engine, step_end, saved,
+                         k_s, v_s, c_s, A_s, S_s, x_s, r_s,
                          full, done, x_free, S_free, sequence, steps, H, tile, COPY, STAGES)),
         ],
         [4],
@@ -326,14 +322,14 @@ def options(BD: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def engine_of(k: Tensor, v: Tensor, saved: Saved, BS: int) -> Engine:
-    """Tell the copy engine of the tensors that it moves."""
-    D = k.shape[-1]
+def engines(k: Tensor, v: Tensor, saved: Saved, BS: int) -> dict[str, TensorDescriptor | None]:
+    """Tell the copy engine of the tensors that it moves, if a row fills a tile."""
+    D, names = k.shape[-1], ("k_engine", "v_engine", "M0_engine", "S0_engine")
     if D not in (64, 128):
-        return Engine(None, None, None, None)
-    tokens = (TensorDescriptor.from_tensor(x.view(-1, x.shape[-2] * D), [BS, D], TILE.value) for x in (k, v))
-    squares = (TensorDescriptor.from_tensor(x.view(-1, D), [D, D], TILE.value) for x in (saved.M0, saved.S0))
-    return Engine(*tokens, *squares)
+        return dict.fromkeys(names)
+    tokens = [TensorDescriptor.from_tensor(x.view(-1, x.shape[-2] * D), [BS, D], TILE.value) for x in (k, v)]
+    squares = [TensorDescriptor.from_tensor(x.view(-1, D), [D, D], TILE.value) for x in (saved.M0, saved.S0)]
+    return dict(zip(names, tokens + squares, strict=True))
 
 
 def launch_state(call: Call, where: Where, tile: Tile, step_end: End, saved: Saved, final: State) -> None:
@@ -346,7 +342,7 @@ def launch_state(call: Call, where: Where, tile: Tile, step_end: End, saved: Sav
         return
     k, v = aligned(call.k), aligned(call.v)
     hopper_state_kernel[(N * H,)](
-        k_ptr=k, v_ptr=v, engine=engine_of(k, v, saved, call.chunk_size), affine=Affine(call.w, call.b),
-        step_end=step_end, initial=initial, where=where, saved=saved, final=final, T=T, H=H, eps=call.eps, tile=tile,
+        k_ptr=k, v_ptr=v, **engines(k, v, saved, call.chunk_size), affine=Affine(call.w, call.b), step_end=step_end,
+        initial=initial, where=where, saved=saved, final=final, T=T, H=H, eps=call.eps, tile=tile,
         **options(64 if D <= 64 else 128),
     )  # fmt: skip
