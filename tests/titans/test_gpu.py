@@ -94,6 +94,11 @@ CASES = [
     Case(BF16, D=64, C=64, B=4, T=4096, H=16),
     Case(BF16, D=64, C=16, B=32, T=500, H=16),
     Case(BF16, D=128, C=64, B=2, T=2048, H=16),
+    Case(BF16, D=64, C=64, bounds=RAGGED, resumed=True),
+    Case(BF16, D=128, C=64, bounds=RAGGED, resumed=True),
+    Case(BF16, D=96, C=64, bounds=RAGGED),
+    Case(BF16, D=40, C=64, resumed=True),
+    Case(BF16, D=128, C=64, resumed=True, plain=True),
     Case(BF16, D=128, C=16, bounds=RAGGED, resumed=True),
     Case(BF16, D=100, C=128, resumed=True),
     Case(BF16, D=60, C=33, bounds=RAGGED),
@@ -110,6 +115,8 @@ CASES = [
 ]
 USUAL = Case(BF16, D=64, C=16, B=3, T=200)
 HARD = Case(BF16, D=64, C=16, bounds=(0, 1, 1, 90, 200), resumed=True)
+# where compute capability 9.0 has kernels of its own
+HOPPER = replace(HARD, C=64)
 
 
 def mapped(call: Call, function: Callable[[Tensor], Tensor]) -> Call:
@@ -295,7 +302,7 @@ def test_tensors_of_more_than_2_31_elements(backward: bool, needs: int, request:
     torch.cuda.empty_cache()
 
 
-@pytest.mark.parametrize("case", [USUAL, HARD], ids=str)
+@pytest.mark.parametrize("case", [USUAL, HARD, HOPPER], ids=str)
 # it recommends tf32 for float32 products, of which there are none
 @pytest.mark.filterwarnings("ignore")
 def test_a_compiled_call_gives_the_eager_bits(case: Case) -> None:
@@ -304,7 +311,7 @@ def test_a_compiled_call_gives_the_eager_bits(case: Case) -> None:
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-@pytest.mark.parametrize("case", [USUAL, HARD], ids=str)
+@pytest.mark.parametrize("case", [USUAL, HARD, HOPPER], ids=str)
 def test_a_replayed_graph_gives_the_eager_bits_for_new_inputs(case: Case, backward: bool) -> None:
     call = case.call()
     fixed = mapped(call, Tensor.requires_grad_)
@@ -350,7 +357,7 @@ def no_synchronisation() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("case", [USUAL, HARD, Case(FP32, D=64, C=64)], ids=str)
+@pytest.mark.parametrize("case", [USUAL, HARD, HOPPER, Case(FP32, D=64, C=64)], ids=str)
 def test_the_host_never_waits(case: Case) -> None:
     call = case.call()
     call = mapped(call, lambda x: x.detach().requires_grad_())
@@ -408,7 +415,7 @@ def test_a_replayed_graph_decodes_with_the_eager_bits() -> None:
     assert same([*state], [*eager])
 
 
-@pytest.mark.parametrize("case", [USUAL, HARD], ids=str)
+@pytest.mark.parametrize("case", [USUAL, HARD, HOPPER], ids=str)
 def test_the_current_stream_is_used(case: Case) -> None:
     """Whatever ran on another one would have read what was there before the other stream woke up."""
     expected, call, inflow = run(case.call()), case.call(seed=1), cotangents(case.call())
