@@ -53,7 +53,7 @@ def call_of(variant: Variant) -> Call:
 
 
 def compiled(variant: Variant) -> list[Any]:
-    """Compile the Hopper kernels among those that a forward would launch."""
+    """Compile the Hopper kernels among those that a forward and a backward would launch."""
     found: list[Any] = []
 
     def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -61,8 +61,10 @@ def compiled(variant: Variant) -> list[Any]:
             found.append(run(kernel, *args, grid=grid, warmup=True, **kwargs))
 
     run, JITFunction.run = JITFunction.run, compile_only
+    call = call_of(variant)
     try:
-        kernels.forward(call_of(variant))
+        o, *final, M0, S0, x, r = kernels.forward(call)
+        kernels.backward(call, M0, S0, x, r, o, *final)
     finally:
         JITFunction.run = run
     return found
@@ -96,5 +98,5 @@ def facts(variant: Variant, kernel: Any) -> dict[str, Any]:
 
 if __name__ == "__main__":
     driver.set_active(NoGPU())  # type: ignore[arg-type]
-    hopper.stages_of = lambda call: hopper.Stages(state=True)
+    hopper.stages_of = lambda call: hopper.Stages(state=True, state_vjp=True)
     print(json.dumps([facts(variant, kernel) for variant in VARIANTS for kernel in compiled(variant)]))

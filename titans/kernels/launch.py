@@ -202,6 +202,11 @@ def state_vjp(
     call = plan.call
     dstate_L = dstate0 if plan.layout.PER == 1 else BlockState(*(torch.empty_like(x) for x in dstate0))
     dinitial = State(*(torch.empty_like(call.M) for _ in range(3)))
+    if hopper.stages_of(call).state_vjp:
+        from titans.kernels.hopper.state_vjp import launch_state_vjp
+
+        launch_state_vjp(call, plan.where, plan.tile, step_end, saved, dfinal, du, dstate0, dstate_L, dinitial)
+        return dstate_L, dinitial
     state_vjp_kernel[plan.chains](
         k_ptr=call.k, v_ptr=call.v, affine=Affine(call.w, call.b), step_end=step_end, saved=saved,
         dfinal=dfinal, du_ptr=du, dstate0=dstate0, dstate_L=dstate_L, dinitial=dinitial,

@@ -1,0 +1,464 @@
+"""Enough of Gluon to run the kernels of `titans.kernels.hopper` on a CPU, in PyTorch, with any order of events.
+
+The roles of a program take turns. A seed decides who goes on at a barrier, and when a copy under way is made: at once,
+at some time, or when nobody can go on without it; products are made when they are started, or when they are waited for.
+So a flag that is released too early, a slot that is read too late and a wrong parity show in the results, and a
+deadlock is reported. Shared memory is addressed as the hardware's 128-byte swizzle lays it out: views of the same
+memory mean what they mean there. The tensor cores and the copy engine read only what its writer has fenced, and loads
+outside a tensor fail.
+
+Not seen: races between the warps of one role, and the order in which a product sums.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import random
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+# what the modules import, before its imports are changed
+import titans.kernels
+
+HOPPER = Path(titans.kernels.__file__).parent / "hopper"
+GLUON = "triton.experimental.gluon"
+
+
+class Deadlock(Exception):
+    """Every role waits, and no copy is under way."""
+
+
+class Stop(BaseException):
+    """Ends a role, because the program has failed."""
+
+
+class Role(threading.Thread):
+    """A partition of the warps, which runs until it waits."""
+
+    def __init__(self, program: Program, function: Any, arguments: Any) -> None:
+        super().__init__(daemon=True)
+        self.program, self.function, self.arguments = program, function, arguments
+        self.turn, self.done, self.error = threading.Event(), False, None
+        self.ready: Callable[[], bool] = lambda: True
+        self.products: list[Product] = []
+        self.stores = 0
+
+    def run(self) -> None:
+        try:
+            self.wait(lambda: True, first=True)
+            self.function(*self.arguments)
+        except BaseException as error:
+            self.error = error
+        self.done = True
+        self.program.back.set()
+
+    def wait(self, ready: Callable[[], bool], first: bool = False) -> None:
+        """Let others go on, and return when `ready`."""
+        self.ready = ready
+        if not first:
+            self.program.back.set()
+        self.turn.wait()
+        self.turn.clear()
+        if self.program.failed:
+            raise Stop
+
+
+class Program:
+    """One program of the grid, and the copies that it has under way."""
+
+    def __init__(self, pid: int, seed: int) -> None:
+        self.pid, self.random, self.policy = pid, random.Random(seed), seed % 3
+        self.back, self.failed = threading.Event(), False
+        self.roles: list[Role] = []
+        self.copies: list[Callable[[], None]] = []
+
+    def run(self, roles: Sequence[tuple[Any, Any]]) -> None:
+        """Run the roles to their ends."""
+        self.roles = [Role(self, *role) for role in roles]
+        for role in self.roles:
+            role.start()
+        try:
+            while not all(role.done for role in self.roles):
+                self.step([role for role in self.roles if not role.done and role.ready()])
+        finally:
+            self.failed = True
+            for role in self.roles:
+                role.turn.set()
+        for copy in self.copies:
+            copy()
+
+    def step(self, able: list[Role]) -> None:
+        """Make a copy that is under way, or let a role go on."""
+        wanted = {0: True, 1: self.random.random() < 0.3, 2: not able}[self.policy]
+        if self.copies and (wanted or not able):
+            self.copies.pop(0 if self.policy == 0 else self.random.randrange(len(self.copies)))()
+            return
+        if not able:
+            raise Deadlock(f"roles {[i for i, role in enumerate(self.roles) if not role.done]} wait for ever")
+        role = self.random.choice(able)
+        role.turn.set()
+        self.back.wait()
+        self.back.clear()
+        if role.error is not None:
+            raise role.error
+
+
+current: list[Program] = []
+seeds: list[int] = [0]
+
+
+def here() -> Role:
+    role = threading.current_thread()
+    assert isinstance(role, Role)
+    return role
+
+
+class Constexpr(int):
+    """A number that is its own `value`."""
+
+    @property
+    def value(self) -> int:
+        return int(self)
+
+
+class Layout:
+    """Any layout; only those of shared memory mean something here."""
+
+    def __init__(self, *_: Any, swizzle_byte_width: int = 0, rank: int = 0, order: Any = (0,), **__: Any) -> None:
+        self.swizzled, self.rank, self.value = swizzle_byte_width == 128, rank or len(order), self
+
+
+class Jit:
+    """A function of a kernel, or a kernel: `[grid]` launches it."""
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*args)
+
+    def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+        def launch(*args: Any, num_warps: int, **constants: Any) -> None:
+            pointers = [Pointer(x.view(-1)) if isinstance(x, Tensor) else x for x in args]
+            for pid in range(*grid):
+                current[:] = [Program(pid, seeds[0])]
+                self.function(*pointers, **constants)
+
+        return launch
+
+
+class Pointer:
+    """An address, or addresses, in a tensor."""
+
+    def __init__(self, flat: Tensor, at: Any = 0) -> None:
+        self.flat, self.at = flat, at
+
+    def __add__(self, offset: Any) -> Pointer:
+        return Pointer(self.flat, self.at + offset)
+
+
+def _valid(pointer: Pointer, mask: Any) -> tuple[Tensor, Tensor]:
+    at = torch.as_tensor(pointer.at).long()
+    at, mask = torch.broadcast_tensors(at, torch.as_tensor(True if mask is None else mask))
+    inside = (at >= 0) & (at < pointer.flat.numel())
+    assert bool((inside | ~mask).all()), "an access outside a tensor"
+    return torch.where(mask, at, 0), mask
+
+
+def load(pointer: Pointer, mask: Any = None, other: Any = 0) -> Tensor:
+    at, mask = _valid(pointer, mask)
+    return torch.where(mask, pointer.flat[at], torch.tensor(other, dtype=pointer.flat.dtype))
+
+
+def store(pointer: Pointer, value: Tensor, mask: Any = None) -> None:
+    at, mask = _valid(pointer, mask)
+    pointer.flat[at[mask]] = torch.broadcast_to(value, mask.shape)[mask].to(pointer.flat.dtype)
+
+
+class Shared:
+    """A view of shared memory: where each of its elements lies in `memory`; `dirty` is by whom it is not yet fenced."""
+
+    def __init__(self, memory: Tensor, dirty: Tensor, at: Tensor, rank: int) -> None:
+        self.memory, self.dirty, self.at, self.rank = memory, dirty, at, rank
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.at.shape
+
+    def view(self, at: Tensor) -> Shared:
+        return Shared(self.memory, self.dirty, at, self.rank)
+
+    def index(self, i: Any) -> Shared:
+        assert 0 <= int(i) < len(self.at), "no such slot"
+        return self.view(self.at[int(i)])
+
+    def slice(self, start: int, length: int, dim: int = 0) -> Shared:
+        return self.view(self.at.narrow(dim, start, length))
+
+    def permute(self, order: Sequence[int]) -> Shared:
+        return self.view(self.at.permute(*order))
+
+    def _reinterpret(self, dtype: torch.dtype, shape: Sequence[int], layout: Layout) -> Shared:
+        assert dtype == self.memory.dtype
+        at = _addresses(list(map(int, shape)), layout)
+        assert at.numel() <= self.at.numel(), "a view larger than its memory"
+        return Shared(self.memory, self.dirty, at + int(self.at.min()), layout.rank)
+
+    def load(self, layout: Any) -> Tensor:
+        return self.memory[self.at]
+
+    def store(self, value: Tensor) -> None:
+        self.memory[self.at] = torch.broadcast_to(value, self.shape).to(self.memory.dtype)
+        self.dirty[self.at] = 1 + current[0].roles.index(here())
+
+    def fenced(self) -> Tensor:
+        """What the tensor cores or the copy engine read."""
+        assert not bool(self.dirty[self.at].any()), "not fenced"
+        return self.memory[self.at]
+
+
+def _addresses(shape: list[int], layout: Layout) -> Tensor:
+    """Where elements lie: a matrix in columns of 128 bytes, whose 16-byte pieces are permuted in every 8 rows."""
+    if not layout.swizzled:
+        return torch.arange(math.prod(shape)).view(shape)
+    slots, tile = shape[: len(shape) - layout.rank], shape[len(shape) - layout.rank :]
+    rows, columns = math.prod(tile[:-1]), tile[-1]
+    i, j = torch.arange(rows)[:, None], torch.arange(columns)[None]
+    at = j // 64 * (rows * 64) + i * 64 + ((j % 64 // 8) ^ (i % 8)) * 8 + j % 8
+    return (torch.arange(math.prod(slots))[:, None, None] * (rows * columns) + at).view(shape)
+
+
+def allocate_shared_memory(dtype: torch.dtype, shape: Sequence[int], layout: Layout) -> Any:
+    shape = list(map(int, shape))
+    if dtype == torch.int64:
+        return Barriers(shape[0])
+    memory = torch.full((math.prod(shape),), math.nan, dtype=dtype)
+    return Shared(memory, torch.zeros(len(memory), dtype=torch.int8), _addresses(shape, layout), layout.rank)
+
+
+class Barriers:
+    """An array of barriers."""
+
+    def __init__(self, count: int) -> None:
+        self.barriers = [Barrier() for _ in range(count)]
+
+    def index(self, i: Any) -> Barrier:
+        assert 0 <= int(i) < len(self.barriers), "no such barrier"
+        return self.barriers[int(i)]
+
+
+class Barrier:
+    """A phase ends when all have arrived and all bytes have come."""
+
+    def init(self, count: int) -> None:
+        self.count = self.missing = int(count)
+        self.bytes = self.phase = 0
+
+    def change(self, arrivals: int, expected: int) -> None:
+        self.missing -= arrivals
+        self.bytes += expected
+        assert self.missing >= 0, "more arrivals than the barrier counts"
+        if self.missing == 0 and self.bytes == 0:
+            self.phase, self.missing = self.phase + 1, self.count
+
+
+def _arrive(barrier: Barrier) -> None:
+    barrier.change(1, 0)
+    here().wait(lambda: True)
+
+
+def _expect(barrier: Barrier, size: int) -> None:
+    barrier.change(1, int(size))
+
+
+def _wait(barrier: Barrier, parity: Any) -> None:
+    here().wait(lambda: barrier.phase % 2 != int(parity))
+
+
+class TensorDescriptor:
+    """Boxes of a tensor; what lies outside it is read as zero and not written."""
+
+    def __init__(self, base: Tensor, shape: list[int], strides: list[int], block_shape: list[int], layout: Any) -> None:
+        self.base, self.shape, self.strides, self.block = base, shape, strides, block_shape
+        assert all(stride * base.element_size() % 16 == 0 for stride in strides[:-1]) and strides[-1] == 1
+
+    def box(self, corner: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        at, inside = torch.zeros(self.block, dtype=torch.long), torch.ones(self.block, dtype=torch.bool)
+        for axis, (start, size, stride) in enumerate(zip(corner, self.shape, self.strides, strict=True)):
+            i = int(start) + torch.arange(self.block[axis]).view(-1, *[1] * (len(self.block) - axis - 1))
+            inside = inside & (i >= 0) & (i < size)
+            at = at + i * stride
+        return torch.where(inside, at, 0), inside
+
+
+def _copy_in(desc: TensorDescriptor, corner: Sequence[Any], barrier: Barrier, tile: Shared) -> None:
+    at, inside = desc.box(corner)
+    assert tile.shape == at.shape
+    tile.memory[tile.at] = math.nan
+    tile.dirty[tile.at] = 0
+
+    def copy() -> None:
+        tile.memory[tile.at] = torch.where(inside, desc.base.view(-1)[at], 0)
+        barrier.change(0, -tile.at.numel() * tile.memory.element_size())
+
+    current[0].copies.append(copy)
+    here().wait(lambda: True)
+
+
+def _copy_out(desc: TensorDescriptor, corner: Sequence[Any], tile: Shared) -> None:
+    at, inside = desc.box(corner)
+    assert tile.shape == at.shape
+    tile.fenced()
+    role = here()
+    role.stores += 1
+
+    def copy() -> None:
+        desc.base.view(-1)[at[inside]] = tile.fenced()[inside]
+        role.stores -= 1
+
+    current[0].copies.append(copy)
+    role.wait(lambda: True)
+
+
+def _store_wait(pendings: int) -> None:
+    role = here()
+    role.wait(lambda: role.stores <= pendings)
+
+
+class Product:
+    """a b + sum, made when it is started, or when it is waited for."""
+
+    def __init__(self, a: Shared, b: Shared, acc: Tensor, use_acc: Any) -> None:
+        self.a, self.b, self.acc = a, b, acc if bool(use_acc) else torch.zeros_like(acc)
+        self.value: Tensor | None = None
+        a.fenced(), b.fenced()
+        if current[0].policy == 0:
+            self.make()
+
+    def make(self) -> Tensor:
+        if self.value is None:
+            self.value = self.acc + self.a.fenced().float() @ self.b.fenced().float()
+        return self.value
+
+
+def warpgroup_mma(a: Shared, b: Shared, acc: Tensor, *, use_acc: Any = True, is_async: bool = False) -> Any:
+    product = Product(a, b, acc, use_acc)
+    if not is_async:
+        return product.make()
+    here().products.append(product)
+    return product
+
+
+def warpgroup_mma_wait(num_outstanding: int = 0, deps: Sequence[Any] = ()) -> Any:
+    products = here().products
+    while len(products) > num_outstanding:
+        products.pop(0).make()
+    done = tuple(x.value if isinstance(x, Product) and x.value is not None else x for x in deps)
+    return done if len(done) > 1 else done[0]
+
+
+def fence_async_shared() -> None:
+    mine = 1 + current[0].roles.index(here())
+    for memory in _dirty(here()):
+        memory[memory == mine] = 0
+
+
+def _dirty(role: Role) -> Iterator[Tensor]:
+    seen: set[int] = set()
+    for x in role.arguments:
+        if isinstance(x, Shared) and id(x.dirty) not in seen:
+            seen.add(id(x.dirty))
+            yield x.dirty
+
+
+def reduce(values: Any, axis: int, combine: Any) -> Any:
+    """Fold in halves."""
+    parts = tuple(values)
+    while parts[0].shape[axis] > 1:
+        half = parts[0].shape[axis] // 2
+        parts = combine(*(x.narrow(axis, 0, half) for x in parts), *(x.narrow(axis, half, half) for x in parts))
+    return tuple(x.squeeze(axis) for x in parts)
+
+
+def _pairwise(of_tensors: Any, of_numbers: Any) -> Any:
+    def function(x: Any, y: Any) -> Any:
+        if isinstance(x, Tensor) or isinstance(y, Tensor):
+            return of_tensors(*torch.broadcast_tensors(torch.as_tensor(x), torch.as_tensor(y)))
+        return of_numbers(x, y)
+
+    return function
+
+
+def where(condition: Any, x: Any, y: Any) -> Any:
+    if isinstance(condition, Tensor):
+        return torch.where(condition, x, y)
+    return x if condition else y
+
+
+def _language() -> ModuleType:
+    gl = ModuleType(f"{GLUON}.language")
+    for name in ("NVMMASharedLayout", "SwizzledSharedLayout", "BlockedLayout", "SliceLayout", "NVMMADistributedLayout"):
+        setattr(gl, name, Layout)
+    gl.__dict__.update(
+        constexpr=lambda x: Constexpr(x) if isinstance(x, int) else x,
+        bfloat16=torch.bfloat16, float32=torch.float32, int32=torch.int32, int64=torch.int64,
+        program_id=lambda axis: torch.tensor(current[0].pid, dtype=torch.int32),
+        arange=lambda start, end, layout=None: torch.arange(start, end, dtype=torch.int32),
+        zeros=lambda shape, dtype, layout=None: torch.zeros(list(map(int, shape)), dtype=dtype),
+        expand_dims=torch.unsqueeze, load=load, store=store, where=where, reduce=reduce, static_range=range,
+        maximum=_pairwise(torch.maximum, max), minimum=_pairwise(torch.minimum, min), rsqrt=torch.rsqrt,
+        sum=lambda x, axis: reduce((x,), axis, lambda a, b: (a + b,))[0],
+        allocate_shared_memory=allocate_shared_memory,
+        inline_asm_elementwise=lambda asm, constraints, args, **_: args[0],
+        warp_specialize=lambda roles, warps, registers: current[0].run(roles),
+    )  # fmt: skip
+    return gl
+
+
+def _modules() -> dict[str, ModuleType]:
+    gluon, gl = ModuleType(GLUON), _language()
+    gluon.__dict__.update(jit=lambda function=None, **_: Jit(function) if function else Jit, language=gl)
+    hopper = ModuleType(f"{GLUON}.language.nvidia.hopper")
+    mbarrier, tma = ModuleType("mbarrier"), ModuleType("tma")
+    mbarrier.__dict__.update(init=Barrier.init, arrive=_arrive, expect=_expect, wait=_wait, MBarrierLayout=Layout)
+    tma.__dict__.update(
+        async_copy_global_to_shared=_copy_in, async_copy_shared_to_global=_copy_out, store_wait=_store_wait
+    )
+    hopper.__dict__.update(
+        fence_async_shared=fence_async_shared, mbarrier=mbarrier, tma=tma, warpgroup_mma=warpgroup_mma,
+        warpgroup_mma_wait=warpgroup_mma_wait,
+    )  # fmt: skip
+    ampere = ModuleType(f"{GLUON}.language.nvidia.ampere")
+    ampere.__dict__.update(async_copy=ModuleType("async_copy"))
+    descriptors = ModuleType(f"{GLUON}.nvidia.hopper")
+    descriptors.__dict__.update(TensorDescriptor=TensorDescriptor)
+    experimental = ModuleType("triton.experimental")
+    experimental.__dict__.update(gluon=gluon)
+    named = {m.__name__: m for m in (experimental, gluon, gl, hopper, ampere, descriptors)}
+    return named
+
+
+@contextmanager
+def interpreted(name: str, change: Callable[[str], str] = lambda text: text) -> Iterator[Any]:
+    """Load a module of `titans.kernels.hopper` for this interpreter, its text `change`d."""
+    with patch.dict(sys.modules, _modules()):
+        for part in ("common", name):
+            full = f"titans.kernels.hopper.{part}"
+            path = HOPPER / f"{part}.py"
+            spec = importlib.util.spec_from_file_location(full, path)
+            assert spec is not None
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[full] = module
+            text = path.read_text() if part == "common" else change(path.read_text())
+            exec(compile(text, str(path), "exec"), module.__dict__)
+        yield module
