@@ -30,7 +30,7 @@ from torch import Tensor
 # what the modules import, before its imports are changed
 import titans.kernels
 
-HOPPER = Path(titans.kernels.__file__).parent / "hopper"
+KERNELS = Path(titans.kernels.__file__).parent
 GLUON = "triton.experimental.gluon"
 
 
@@ -141,20 +141,29 @@ class Layout:
 class Jit:
     """A function of a kernel, or a kernel: `[grid]` launches it."""
 
-    def __init__(self, function: Any) -> None:
-        self.function = function
+    def __init__(self, function: Any, do_not_specialize: Sequence[str] = ()) -> None:
+        self.function, self.numbers = function, do_not_specialize
 
     def __call__(self, *args: Any) -> Any:
         return self.function(*args)
 
     def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
-        def launch(*args: Any, num_warps: int, **constants: Any) -> None:
-            pointers = [Pointer(x.view(-1)) if isinstance(x, Tensor) else x for x in args]
+        def launch(num_warps: int, **arguments: Any) -> None:
+            for name, value in arguments.items():
+                number = name in self.numbers
+                arguments[name] = torch.tensor(value, dtype=torch.int32) if number else _pointers(value)
             for pid in range(*grid):
                 current[:] = [Program(pid, seeds[0])]
-                self.function(*pointers, **constants)
+                self.function(**arguments)
 
         return launch
+
+
+def _pointers(x: Any) -> Any:
+    """Tensors as pointers, also those of a tuple."""
+    if isinstance(x, tuple):
+        return type(x)(*map(_pointers, x))
+    return Pointer(x.view(-1)) if isinstance(x, Tensor) else x
 
 
 class Pointer:
@@ -290,7 +299,8 @@ class TensorDescriptor:
 
     def __init__(self, base: Tensor, shape: list[int], strides: list[int], block_shape: list[int], layout: Any) -> None:
         self.base, self.shape, self.strides, self.block = base, shape, strides, block_shape
-        assert all(stride * base.element_size() % 16 == 0 for stride in strides[:-1]) and strides[-1] == 1
+        assert all(stride * base.element_size() % 16 == 0 for stride in strides[:-1])
+        assert strides[-1] == 1
 
     def box(self, corner: Sequence[Any]) -> tuple[Tensor, Tensor]:
         at, inside = torch.zeros(self.block, dtype=torch.long), torch.ones(self.block, dtype=torch.bool)
@@ -369,16 +379,17 @@ def warpgroup_mma_wait(num_outstanding: int = 0, deps: Sequence[Any] = ()) -> An
 
 def fence_async_shared() -> None:
     mine = 1 + current[0].roles.index(here())
-    for memory in _dirty(here()):
-        memory[memory == mine] = 0
+    for x in _leaves(here().arguments):
+        if isinstance(x, Shared):
+            x.dirty[x.dirty == mine] = 0
 
 
-def _dirty(role: Role) -> Iterator[Tensor]:
-    seen: set[int] = set()
-    for x in role.arguments:
-        if isinstance(x, Shared) and id(x.dirty) not in seen:
-            seen.add(id(x.dirty))
-            yield x.dirty
+def _leaves(x: Any) -> Iterator[Any]:
+    if isinstance(x, tuple):
+        for part in x:
+            yield from _leaves(part)
+    else:
+        yield x
 
 
 def reduce(values: Any, axis: int, combine: Any) -> Any:
@@ -425,9 +436,13 @@ def _language() -> ModuleType:
     return gl
 
 
+def _jit(function: Any = None, **options: Any) -> Any:
+    return Jit(function) if function else lambda function: Jit(function, **options)
+
+
 def _modules() -> dict[str, ModuleType]:
     gluon, gl = ModuleType(GLUON), _language()
-    gluon.__dict__.update(jit=lambda function=None, **_: Jit(function) if function else Jit, language=gl)
+    gluon.__dict__.update(jit=_jit, language=gl)
     hopper = ModuleType(f"{GLUON}.language.nvidia.hopper")
     mbarrier, tma = ModuleType("mbarrier"), ModuleType("tma")
     mbarrier.__dict__.update(init=Barrier.init, arrive=_arrive, expect=_expect, wait=_wait, MBarrierLayout=Layout)
@@ -442,23 +457,23 @@ def _modules() -> dict[str, ModuleType]:
     ampere.__dict__.update(async_copy=ModuleType("async_copy"))
     descriptors = ModuleType(f"{GLUON}.nvidia.hopper")
     descriptors.__dict__.update(TensorDescriptor=TensorDescriptor)
-    experimental = ModuleType("triton.experimental")
+    experimental, triton = ModuleType("triton.experimental"), ModuleType("triton")
     experimental.__dict__.update(gluon=gluon)
-    named = {m.__name__: m for m in (experimental, gluon, gl, hopper, ampere, descriptors)}
-    return named
+    triton.__dict__.update(jit=_jit, language=gl)
+    named = {m.__name__: m for m in (triton, experimental, gluon, gl, hopper, ampere, descriptors)}
+    return named | {"triton.language": gl}
 
 
 @contextmanager
 def interpreted(name: str, change: Callable[[str], str] = lambda text: text) -> Iterator[Any]:
     """Load a module of `titans.kernels.hopper` for this interpreter, its text `change`d."""
     with patch.dict(sys.modules, _modules()):
-        for part in ("common", name):
-            full = f"titans.kernels.hopper.{part}"
-            path = HOPPER / f"{part}.py"
+        for part in ("block", "hopper.common", f"hopper.{name}"):
+            full = f"titans.kernels.{part}"
+            path = KERNELS / f"{part.replace('.', '/')}.py"
             spec = importlib.util.spec_from_file_location(full, path)
             assert spec is not None
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[full] = module
-            text = path.read_text() if part == "common" else change(path.read_text())
-            exec(compile(text, str(path), "exec"), module.__dict__)
+            module = sys.modules[full] = importlib.util.module_from_spec(spec)
+            text = path.read_text()
+            exec(compile(change(text) if part.endswith(name) else text, str(path), "exec"), module.__dict__)
         yield module
