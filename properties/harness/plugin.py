@@ -270,7 +270,13 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if session.config.getoption("--update-ratchet"):
         ratchet.update(session.config.stash[SEEN])
     if path:
-        report.write_json(path, session.config.stash[SEEN], {"about": pytest_report_header(session.config)})
+        about = {
+            "about": pytest_report_header(session.config),
+            "shard": session.config.getoption("--shard"),
+            "profile": settings.get_current_profile_name(),
+            "seed": str(session.config.getoption("--hypothesis-seed")),
+        }
+        report.write_json(path, session.config.stash[SEEN], about)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
