@@ -226,7 +226,9 @@ def _initial_state(state: InitialState, N: int, q: Tensor) -> tuple[Tensor, Tens
     dtype, (H, D) = compute_dtype(q.dtype), q.shape[-2:]
     if isinstance(state, tuple):
         M, S, anchor, offset = state
-        return M.to(dtype), S.to(dtype), anchor.to(dtype), offset
+        if not M.dtype == S.dtype == anchor.dtype == dtype:
+            M, S, anchor = M.to(dtype), S.to(dtype), anchor.to(dtype)
+        return M, S, anchor, offset
     if state is None:
         zeros = q.new_zeros(N, H, D, D, dtype=dtype)
         return zeros, zeros, zeros, None
