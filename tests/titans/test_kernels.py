@@ -3,6 +3,8 @@ else in Triton's interpreter. `make properties` and the GPU runs go much further
 """
 
 import math
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -78,3 +80,28 @@ def test_log_gates_near_zero_add_up() -> None:
     _, state = chunk_titans_linear(q, q, q, None, None, *gates, 1e-6, C, M, True, log_gates=True, backend="triton")
     # M is rounded once in every chunk, and so is its factor
     assert abs(state.M.double() - math.exp(T * log_a)).max() <= 2 * T // C * 2.0**-24
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_no_bounds_or_offsets_lead_outside_the_tensors(packed: bool) -> None:
+    """On a GPU nobody has read them; the process that reads or writes elsewhere dies, so it is one of its own."""
+    code = f"""if True:
+        import torch
+        from titans import kernels
+        from titans.arguments import Call
+
+        T, H, D, C = 7, 1, 2, 3
+        q, k, v = torch.randn(3, {"1, T" if packed else "2, T"}, H, D, device={DEVICE!r})
+        gates = torch.rand(3, *q.shape[:3], device={DEVICE!r})
+        M = torch.zeros(2, H, D, D, device={DEVICE!r})
+        for bounds in ([0, 3, 10**9], [0, -(10**9), 7], [-(10**9), 2**40, 7]) if {packed} else (None,):
+            for offset in (None, [10**9, -(10**9)], [2**33, -(2**40)]):
+                bounds_, offset_ = (x and torch.tensor(x, device={DEVICE!r}) for x in (bounds, offset))
+                call = Call(q, k, v, None, None, *gates, M, M, M, offset_, bounds_, 0.1, C, False)
+                o, *final, M0, S0, x, r = kernels.forward(call)
+                kernels.backward(call, M0, S0, x, r, o, *final)
+        torch.empty(1, device={DEVICE!r}).tolist()
+        print("alive")
+    """
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout.split() == ["alive"], run.stderr

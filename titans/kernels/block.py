@@ -75,10 +75,11 @@ def slots_per_sequence(T, C, tile: tl.constexpr):
 
 @triton.jit
 def sequence_of(n, where, T, C, tile: tl.constexpr):
-    """Sequence n."""
+    """Sequence n. Bounds and offsets out of range, which nobody has read, lead nowhere outside the tensors."""
     if tile.PACKED:
-        begin = tl.load(where.cu_seqlens + n).to(tl.int64)
-        length = (tl.load(where.cu_seqlens + n + 1) - begin).to(tl.int32)
+        begin = tl.minimum(tl.maximum(tl.load(where.cu_seqlens + n).to(tl.int64), 0), T)
+        end = tl.minimum(tl.maximum(tl.load(where.cu_seqlens + n + 1).to(tl.int64), begin), T)
+        length = (end - begin).to(tl.int32)
         # room for the most blocks that the sequences before n can have
         width, slack = rounding(C, tile)
         slot = (begin + n.to(tl.int64) * slack) // width * tile.NB
@@ -87,7 +88,7 @@ def sequence_of(n, where, T, C, tile: tl.constexpr):
         length = T.to(tl.int32)
         slot = n.to(tl.int64) * slots_per_sequence(T, C, tile)
     if tile.RESUMED:
-        offset = tl.load(where.offset + n).to(tl.int32)
+        offset = tl.minimum(tl.maximum(tl.load(where.offset + n), 0), C - 1).to(tl.int32)
     else:
         offset = length * 0
     return Sequence(n, begin, length, offset, slot - offset // tile.BC)
