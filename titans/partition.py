@@ -64,13 +64,16 @@ def chunks_per_block(C: int, BC: int) -> int:
     return max(1, BC // C)
 
 
+def step_rows(C: int, BC: int) -> int:
+    """Tokens of a step of the chain at most: those of a block or of a chunk, and 16 for the sake of the products."""
+    return min(BC, max(16, 1 << (C - 1).bit_length()))
+
+
 def layout_of(call: Call, BC: int) -> Layout:
     """Lay out blocks of at most BC tokens, a power of two, for a call."""
     C = call.chunk_size
     NB, PER = -(-C // BC), chunks_per_block(C, BC)
-    # 16 rows are the least that a product takes
-    BS = min(BC, max(16, 1 << (C - 1).bit_length()))
-    return Layout(NB * max_pieces(call, PER), BC, BS, NB, PER)
+    return Layout(NB * max_pieces(call, PER), BC, step_rows(C, BC), NB, PER)
 
 
 def owners(call: Call, cu_seqlens: Tensor, layout: Layout) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from titans.arguments import Call
 from titans.kernels import hopper
 from titans.kernels.coefficients import coefficients_kernel, coefficients_vjp_kernel
+from titans.kernels.fit import least, needs_of, shared_memory, steps_in_flight
 from titans.kernels.output import output_kernel, output_vjp_kernel
 from titans.kernels.state import state_kernel
 from titans.kernels.state_vjp import anchor_vjp_kernel, key_vjp_kernel, state_vjp_kernel
@@ -31,7 +32,7 @@ from titans.kernels.tile import (
     tile_of,
     where_of,
 )
-from titans.partition import Layout, layout_of
+from titans.partition import Layout, layout_of, step_rows
 
 LARGEST = 128
 # inside a block of 64 tokens, offsets are 32 bits wide
@@ -51,6 +52,10 @@ def reason_against(call: Call) -> str | None:
         return f"takes T + 2 `chunk_size` < {FARTHEST}, got {q.shape[1]} + 2 * {call.chunk_size}"
     if call.q.shape[2] * D >= WIDEST:
         return f"takes H * D < {WIDEST}, got {call.q.shape[2] * D}"
+    # of both directions: a forward without its backward would fail too late
+    needed, shared = least(needs_of(q, step_rows(call.chunk_size, block_rows(q)))), shared_memory(q.device)
+    if needed > shared:
+        return f"takes a GPU with {needed} bytes of shared memory for D = {D}, got {shared}"
     if INTERPRETED:
         return "cannot interpret bfloat16, got `q` in bfloat16" if q.dtype == torch.bfloat16 else None
     if q.device.type != "cuda":
@@ -106,10 +111,9 @@ def plan_of(call: Call) -> Plan:
 
 
 def stages(plan: Plan) -> int:
-    """How many steps are in flight along the chain; in bfloat16, what was fastest on an H200."""
-    if plan.call.q.shape[-1] > 64:
-        return 2 if plan.layout.BS == 64 else 1
-    return 3
+    """How many steps are in flight along the chain."""
+    q = plan.call.q
+    return steps_in_flight(needs_of(q, plan.layout.BS), shared_memory(q.device))
 
 
 def coefficients(plan: Plan) -> Coefficients:
