@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Literal, get_args
+
+import torch
 
 from titans.arguments import Call
 
@@ -27,12 +30,20 @@ def choose(call: Call, wanted: Backend | None, otherwise: Backend) -> tuple[Back
     against : str, or None
         Why the kernels cannot take the call, as the end of an error message; None if they can, or if the caller chose
         another backend.
+
+    Warns
+    -----
+    UserWarning
+        If the kernels cannot take a call on CUDA without a choice of the caller's.
     """
     if wanted is not None and wanted != "triton":
         return wanted, None
     if wanted is None and not call.q.is_cuda:
         return otherwise, "takes CUDA tensors"
     against = _reason_against_kernels(call)
+    # float64 is for the PyTorch backends, and known to be slow
+    if wanted is None and against is not None and call.q.dtype != torch.float64 and not torch.compiler.is_compiling():
+        warnings.warn(f"backend {otherwise!r} runs this call, slowly: 'triton' {against}", stacklevel=4)
     return ("triton" if wanted or against is None else otherwise), against
 
 

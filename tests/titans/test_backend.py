@@ -26,15 +26,21 @@ def test_a_pytorch_backend_is_what_was_asked_for(backend: Backend, device: str) 
 def test_the_kernels_are_for_cuda_where_they_take_the_call(otherwise: Backend) -> None:
     assert choose(call("cuda"), None, otherwise) == ("triton", None)
     assert choose(call("cpu"), None, otherwise)[0] == otherwise
+    backend, against = choose(call("cuda", torch.float64), None, otherwise)
+    assert backend == otherwise
+    assert "float64" in str(against)
+
+
+@pytest.mark.parametrize("otherwise", ["chunk", "log", "recurrent"])
+def test_another_backend_on_cuda_comes_with_a_warning(otherwise: Backend) -> None:
     for refused, reason in (
-        (call("cuda", torch.float64), "float64"),
         (call("cuda", D=129), "129"),
         (call("cuda")._replace(chunk_size=2**30), str(2**30)),
     ):
-        backend, against = choose(refused, None, otherwise)
+        with pytest.warns(UserWarning, match=f"'{otherwise}' runs.*{reason}"):
+            backend, against = choose(refused, None, otherwise)
         assert backend == otherwise
-        assert against is not None
-        assert reason in against
+        assert reason in str(against)
 
 
 def test_the_callers_choice_of_the_kernels_stands_with_the_reason_against_it() -> None:
@@ -48,7 +54,7 @@ def test_without_triton_the_reason_is_that_it_is_missing(monkeypatch: pytest.Mon
     # to Python this is a module that does not exist
     monkeypatch.setitem(sys.modules, "titans.kernels", None)
     monkeypatch.delattr("titans.kernels", raising=False)
-    backend, against = choose(call("cuda"), None, "chunk")
+    with pytest.warns(UserWarning, match="not installed"):
+        backend, against = choose(call("cuda"), None, "chunk")
     assert backend == "chunk"
-    assert against is not None
-    assert "not installed" in against
+    assert "not installed" in str(against)

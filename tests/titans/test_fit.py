@@ -58,6 +58,7 @@ def test_fewer_steps_are_in_flight_where_less_fits() -> None:
 def test_a_call_that_does_not_fit_runs_another_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "shared_memory", lambda device: SHARED[89])
     assert choose(call("cuda", D=64), None, "chunk") == ("triton", None)
-    backend, against = choose(call("cuda", D=128), None, "chunk")
+    with pytest.warns(UserWarning, match="shared memory"):
+        backend, against = choose(call("cuda", D=128), None, "chunk")
     assert backend == "chunk"
     assert against == "takes a GPU with 147456 bytes of shared memory for D = 128, got 101376"
