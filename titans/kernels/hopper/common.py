@@ -85,9 +85,9 @@ def store_square(x_ptr, value, index, tile: gl.constexpr, LAYOUT: gl.constexpr):
     offs_i, offs_j = grid_of(tile.BD, tile.BD, LAYOUT)
     at = x_ptr + index * tile.D * tile.D + offs_i * tile.D + offs_j
     if tile.D == tile.BD:
-        gl.store(at, value.to(x_ptr.dtype.element_ty))
+        gl.store(at, value)
     else:
-        gl.store(at, value.to(x_ptr.dtype.element_ty), mask=(offs_i < tile.D) & (offs_j < tile.D))
+        gl.store(at, value, mask=(offs_i < tile.D) & (offs_j < tile.D))
 
 
 @gluon.jit

@@ -213,8 +213,9 @@ def chain_part(
         mbarrier.wait(full.index(slot), i // STAGES & 1)
         k = k_s.index(slot)
         if length < tile.BS:
-            clear_rows(k, length, tile, TOKENS)
             clear_rows(v_s.index(slot), length, tile, TOKENS)
+            # last: so the compiler puts a barrier between the fence and the product that reads k
+            clear_rows(k, length, tile, TOKENS)
             fence_async_shared()
         y = warpgroup_mma(k, A_s, zero, use_acc=False, is_async=True)
         # beside the product: all that needs neither y nor u
