@@ -1,5 +1,6 @@
 """Which calls the Hopper kernels take, and what they become when they are compiled for sm_90a; needs no GPU."""
 
+import functools
 import json
 import os
 import subprocess
@@ -15,6 +16,8 @@ from titans.kernels import hopper
 ROOT = Path(__file__).parents[2]
 # bytes of a thread's stack: the warps that copy leave their registers to the chain
 COPIES = 64
+# bytes that a thread of a wide chain keeps in memory over its loop: four numbers
+KEPT = 16
 SHARED = 232448  # bytes of shared memory that a program can have on compute capability 9.0
 
 
@@ -59,6 +62,7 @@ def test_all_else_stays_with_the_portable_kernels(changes: dict[str, Any]) -> No
     assert chosen(**changes) == hopper.Stages()
 
 
+@functools.cache
 def compiled() -> list[dict[str, Any]]:
     """Compile every variant, in a process in which Triton does not interpret."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -69,7 +73,7 @@ def compiled() -> list[dict[str, Any]]:
 
 
 def test_the_chain_fits_a_multiprocessor_and_spills_nothing() -> None:
-    kernels = compiled()
+    kernels = [kernel for kernel in compiled() if kernel["name"].startswith("hopper_state_kernel")]
     assert len(kernels) == 10
     for kernel in kernels:
         assert kernel["shared"] <= SHARED, kernel
@@ -80,4 +84,18 @@ def test_the_chain_fits_a_multiprocessor_and_spills_nothing() -> None:
         assert not kernel["atomics"], kernel
         # y, M and S, each by the tensor cores' asynchronous products
         assert kernel["products"] == 3, kernel
+        assert set(kernel["mma"]) == {"bf16.bf16"}, kernel
+
+
+def test_the_reverse_chain_fits_a_multiprocessor_and_spills_next_to_nothing() -> None:
+    kernels = [kernel for kernel in compiled() if kernel["name"].startswith("hopper_state_vjp_kernel")]
+    # the calls end inside a chunk, which has a launch of its own
+    assert len(kernels) == 20
+    for kernel in kernels:
+        assert kernel["shared"] <= SHARED, kernel
+        assert kernel["STACK"] <= KEPT, kernel
+        assert kernel["LOCAL"] == 0, kernel
+        assert not kernel["atomics"], kernel
+        # k dS, k dM, and k^T dy in parts of 64 columns: inside the loop and after it
+        assert kernel["products"] in (4, 6), kernel
         assert set(kernel["mma"]) == {"bf16.bf16"}, kernel

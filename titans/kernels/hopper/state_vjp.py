@@ -14,8 +14,9 @@ onto beta_L dM + dM0, and r is factored out of (12). A last chunk that is not fu
 results the launch for the full ones before it takes for the cotangents of a final state.
 """
 
-# Gluon takes no starred tuples
+# Gluon takes no starred tuples, and mypy no tuple that grows
 # ruff: noqa: RUF005
+# mypy: disable-error-code="assignment"
 
 from __future__ import annotations
 
