@@ -487,7 +487,9 @@ def flag_of(arrivals: gl.constexpr, STAGES: gl.constexpr):
 @gluon.jit(do_not_specialize=["T", "H", "tail"])
 def hopper_state_vjp_kernel(
     k_ptr, v_ptr,  # (B, T, H, D)
-    engine, affine, step_end, saved, where,
+    # one by one, as Triton 3.6 wants them
+    k_engine, v_engine, x_engine, du_engine, dM0_engine, dS0_engine, dM_L_engine, dS_L_engine,
+    affine, step_end, saved, where,
     dfinal,
     du_ptr,  # (B, T, H, D), in and out: the part through the outputs becomes the whole
     dinitial,  # out
@@ -500,6 +502,9 @@ def hopper_state_vjp_kernel(
     Reads: k, v, w, b, coefficients, x, r and the means of (2); du, dM0 and dS0 as far as they come from outputs.
     Writes: dM_L and dS_L of each chunk, du, and the cotangents of the initial state.
     """
+    engine = Engine(
+        k_engine, v_engine, x_engine, du_engine, dM0_engine, dS0_engine, dM_L_engine, dS_L_engine
+    )  # fmt: skip
     slots = slots_of(tile.BD, STAGES)
     flags = Flags(
         flag_of(1, STAGES + 1),
@@ -561,14 +566,15 @@ def launch_state_vjp(
             new.copy_(old)
         return
     k, v = aligned(call.k), aligned(call.v)
-    engine = Engine(
-        *(rows_of_heads(x, BD) for x in (k, v, saved.x, du)), *(squares(x, BD) for x in (*dstate0, *dstate_L))
-    )
+    tensors = {"k": k, "v": v, "x": saved.x, "du": du}
+    states = {"dM0": dstate0.M, "dS0": dstate0.S, "dM_L": dstate_L.M, "dS_L": dstate_L.S}
+    engines = {f"{name}_engine": rows_of_heads(x, BD) for name, x in tensors.items()}
+    engines |= {f"{name}_engine": squares(x, BD) for name, x in states.items()}
     ragged = where.cu_seqlens is not None or where.offset is not None or T % C.value > 0
     for tail in (1, 0) if ragged else (0,):
         reached = State(*(torch.empty_like(x) for x in dinitial)) if tail else dinitial
         hopper_state_vjp_kernel[(N * H,)](
-            k_ptr=k, v_ptr=v, engine=engine, affine=Affine(call.w, call.b), step_end=step_end, saved=saved, where=where,
+            k_ptr=k, v_ptr=v, **engines, affine=Affine(call.w, call.b), step_end=step_end, saved=saved, where=where,
             dfinal=dfinal, du_ptr=du, dinitial=reached, T=T, H=H, tail=tail, tile=tile, **options(BD),
         )  # fmt: skip
         dfinal = reached
