@@ -75,42 +75,44 @@ def _differentiate(
     definition : Callable, optional
         The same results by PyTorch's own operations, which forward mode runs instead; None stands for "not this call".
     """
-    name = operator._schema.name
+    name = operator._schema.name.removeprefix("titans::")
 
-    def forward(ctx: Any, *arguments: Any) -> Any:
-        output = _below_autograd(operator, arguments)
+    def forward(ctx: Any, modes: tuple[bool, bool] | None, *arguments: Any) -> Any:
+        output = _below_autograd(operator, arguments, modes)
         save(ctx, arguments, output)
         return output
+
+    def reverse(ctx: Any, *cotangents: Tensor | None) -> Any:
+        return None, *backward(ctx, *cotangents)
 
     def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
         raise RuntimeError(f'`{name}` has no forward-mode derivative; backend="recurrent" has one')
 
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward), "jvp": staticmethod(jvp)}
-    function: Any = type("Recorded", (torch.autograd.Function,), methods)
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(reverse), "jvp": staticmethod(jvp)}
+    function: Any = type(name.title().replace("_", ""), (torch.autograd.Function,), methods)
     # here `Function.apply`, which would begin with the transforms of `torch.func`, comes too late: the dispatcher has
     # come down to one of their levels
     record = super(torch.autograd.Function, function).apply
 
     def run(*arguments: Any) -> Any:
-        transformed = torch._C._are_functorch_transforms_active()
-        if transformed or forward_ad._current_level >= 0:
+        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
             if definition and in_forward_mode() and (results := definition(*arguments)) is not None:
                 return results
             with enable_single_level_autograd_function():
-                return record(*arguments)
+                return record((torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()), *arguments)
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
-            return record(*arguments)
+            return record(None, *arguments)
         return _below_autograd(operator, arguments)
 
-    _implement(name.removeprefix("titans::"), run, "Autograd")
+    _implement(name, run, "Autograd")
 
 
-def _below_autograd(operator: Any, arguments: tuple[Any, ...]) -> Any:
+def _below_autograd(operator: Any, arguments: tuple[Any, ...], modes: tuple[bool, bool] | None = None) -> Any:
+    """Call the operator at the next level, in the modes of reverse and forward derivatives that `record` turned off."""
     with torch._C._AutoDispatchBelowAutograd():
-        if not torch._C._are_functorch_transforms_active():
+        if modes is None:
             return operator(*arguments)
-        # the next transform has derivatives of its own to follow, which `record` turns off
-        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+        with torch.set_grad_enabled(modes[0]), forward_ad._set_fwd_grad_enabled(modes[1]):
             return operator(*arguments)
 
 

@@ -199,6 +199,26 @@ def test_a_compiled_transform_gives_the_eager_bits(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_no_grad_inside_a_transform_is_kept(backend: str) -> None:
+    """At every level: the plain one, too, has nothing to follow where the user said so."""
+    x = {name: value.requires_grad_() for name, value in leaves().items()}
+
+    def constant(scale: Tensor) -> Tensor:
+        with torch.no_grad():
+            value = call(backend)(x)
+        assert not value.requires_grad
+        return scale * value
+
+    found = grad(constant)(torch.tensor(1.0))
+    assert not found.requires_grad
+    assert torch.equal(found, call(backend)(x))
+    # and outside of it, the captured tensors are followed
+    followed = grad(lambda scale: scale * call(backend)(x))(torch.tensor(1.0))
+    expected = reverse(call(backend), x)
+    assert same(dict(zip(x, torch.autograd.grad(followed, list(x.values())), strict=True)), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_values_that_are_not_there_are_not_read(backend: str) -> None:
     """Fake tensors, traced ones, and a state that is mapped over."""
     x = leaves()
