@@ -173,3 +173,14 @@ def test_device_changes_no_verdict() -> None:
         assert (cuda.radius[name].cpu() <= SLACK * cpu.radius[name]).all(), name
     for given, cotangent, results in devices:
         assert max(verdict.ratio for verdict in judge(given, cotangent, FLOAT32, results)) <= 1
+
+
+def test_comparisons_that_say_nothing_are_counted() -> None:
+    inputs, cotangents = chunk(8, 12)
+    results = {"o": torch.zeros_like(inputs.q), "dk": torch.zeros_like(inputs.k)}
+    for verdict in judge(inputs, cotangents, FLOAT32, results):
+        assert verdict.empty == 0
+        assert verdict.ratio > 1
+    # with one bit no radius is smaller than the result
+    verdicts = judge(inputs, cotangents, replace(FLOAT32, unit=0.5), results)
+    assert all(verdict.empty == verdict.count > 0 for verdict in verdicts)

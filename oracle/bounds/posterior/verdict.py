@@ -30,8 +30,8 @@ class Verdict:
         "elements": all of them, against coarse radii, or sharp ones for `FEW`; "samples": some, against sharp radii;
         "rows": random signs times a row, against sharp radii.
     count, empty : int
-        How many comparisons there were, and in how many the radius exceeds the largest value of the result.
-        All are empty where the result is 0.
+        How many comparisons there were, and in how many the radius exceeds the largest value of the result, or, of
+        rows, the largest sum of a row's absolute values. All are empty where the result is 0.
     error, radius : float
         Of the worst comparison, that of the largest error / radius.
     index : tuple of int
@@ -102,7 +102,7 @@ def judge(
     enclosure = builder.finish()
     for name, x in results.items():
         value = enclosure.values[name]
-        verdicts.append(_worst(name, "elements", x.detach().double() - value, enclosure.radius[name], value))
+        verdicts.append(_worst(name, "elements", x.detach().double() - value, enclosure.radius[name], value.abs()))
     return verdicts
 
 
@@ -133,7 +133,8 @@ def _projections(
         added = torch.where(functionals == 0, 0, functionals.abs() * extra).flatten(2).sum(-1)
         at_once = functionals_at_once(batch.piece)
         radius = torch.cat([batch.piece.sharp(name, part) for part in torch.split(functionals, at_once)])
-        worst = _worst(name, kind, moved, usable(radius + added), value)
+        sizes = value.abs() if kind == "samples" else value.abs().sum(-1)
+        worst = _worst(name, kind, moved, usable(radius + added), sizes)
         yield replace(worst, index=where(*worst.index))
 
 
@@ -146,8 +147,8 @@ def _samples(size: Tensor, ratio: Tensor, samples: int, generator: torch.Generat
     return torch.cat([size.argmax(1)[None], ratio.nan_to_num(nan=0.0).argmax(1)[None], drawn])
 
 
-def _worst(name: str, kind: str, error: Tensor, radius: Tensor, value: Tensor) -> Verdict:
-    """The comparison of the largest ratio, with its index in `error`."""
+def _worst(name: str, kind: str, error: Tensor, radius: Tensor, sizes: Tensor) -> Verdict:
+    """The comparison of the largest ratio, with its index in `error`; `sizes` are those of the exact quantities."""
     if not error.numel():
         return Verdict(name, kind, 0, 0, 0.0, 0.0, ())
     error = error.abs().nan_to_num(nan=torch.inf, posinf=torch.inf)
@@ -155,5 +156,5 @@ def _worst(name: str, kind: str, error: Tensor, radius: Tensor, value: Tensor) -
     ratio = torch.where(error <= radius, (error / radius).nan_to_num(nan=0.0), error / radius)
     at = int(ratio.argmax())
     index = tuple(int(i) for i in np.unravel_index(at, error.shape))
-    empty = int((radius > value.abs().max()).sum())
+    empty = int((radius > sizes.max()).sum())
     return Verdict(name, kind, error.numel(), empty, float(error.flatten()[at]), float(radius.flatten()[at]), index)
