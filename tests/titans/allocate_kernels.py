@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia import compiler as nvidia
+from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler.compiler import ir, make_backend
 from triton.runtime import JITFunction, driver
 
@@ -41,13 +41,19 @@ class GPU(compile_kernels.NoGPU):
         return GPUTarget("cuda", self.capability, 32)
 
 
-class Allocated(Exception):
-    """Shared memory has been allocated."""
+class Allocation(Exception):
+    """The passes up to the allocation of shared memory are known."""
 
 
-def stop() -> None:
-    """Stand in for the start of LLVM."""
-    raise Allocated
+class Stop:
+    """An instrumentation of the backend, which Triton asks right before the passes that leave its own dialect."""
+
+    def load_dialects(self, context: Any) -> None:
+        """Need none."""
+
+    def patch(self, stage: str, passes: Any, context: Any) -> None:
+        """Leave the compiler with the passes so far."""
+        raise Allocation(passes)
 
 
 def allocate(source: Any, target: GPUTarget, options: dict[str, Any]) -> int:
@@ -63,9 +69,10 @@ def allocate(source: Any, target: GPUTarget, options: dict[str, Any]) -> int:
     code = stages["ttgir"](stages["ttir"](code, metadata), metadata)
     try:
         stages["llir"](code, metadata)
-    except Allocated:
+    except Allocation as at:
+        at.args[0].run(code, "allocation")
         return int(code.get_int_attr("ttg.shared"))
-    raise RuntimeError("LLVM was not called")
+    raise RuntimeError("the compiler did not stop")
 
 
 def allocated(capability: int, dtype: torch.dtype) -> list[dict[str, Any]]:
@@ -100,5 +107,5 @@ def allocated(capability: int, dtype: torch.dtype) -> list[dict[str, Any]]:
 if __name__ == "__main__":
     capability, *dtypes = sys.argv[1:]
     driver.set_active(GPU(int(capability)))  # type: ignore[arg-type]
-    nvidia.llvm = SimpleNamespace(init_targets=stop)
+    CUDABackend.instrumentation = Stop()
     print(json.dumps({dtype: allocated(int(capability), getattr(torch, dtype)) for dtype in dtypes}))
