@@ -59,7 +59,7 @@ def choose(
     # rows are copied 16 bytes at a time
     if not 32 < D <= 128 or D % 8:
         return Stages()
-    return Stages(state=True)
+    return Stages(state=True, state_vjp=True)
 
 
 @functools.cache
