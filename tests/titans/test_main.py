@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from titans.__main__ import lines
 
 import titans
+from titans.__main__ import lines
 
 
 def test_it_names_versions_devices_and_kernels() -> None:
