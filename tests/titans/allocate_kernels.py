@@ -75,37 +75,41 @@ def allocate(source: Any, target: GPUTarget, options: dict[str, Any]) -> int:
     raise RuntimeError("the compiler did not stop")
 
 
-def allocated(capability: int, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """Bytes of every kernel for every size."""
-    found: dict[str, int] = {}
+def record(capability: int) -> dict[str, int]:
+    """Let launches compile for a GPU, in the same process from now on: the bytes of the kernels, as they come."""
+    bytes_: dict[str, int] = {}
 
-    def record(source: Any, target: GPUTarget, options: dict[str, Any], **_: Any) -> Any:
-        found[source.name] = allocate(source, target, options)
+    def compile_(source: Any, target: GPUTarget, options: dict[str, Any], **_: Any) -> Any:
+        bytes_[source.name] = allocate(source, target, options)
         return SimpleNamespace()
 
     def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        if C <= 64 or kernel.__name__.startswith("state"):
+        if kwargs["C"] <= 64 or kernel.__name__.startswith("state"):
             run(kernel, *args, grid=grid, warmup=True, **kwargs)
 
     run, JITFunction.run = JITFunction.run, compile_only
-    triton.compiler.compile = record
+    triton.compiler.compile = compile_
+    CUDABackend.instrumentation = Stop()
+    driver.set_active(GPU(capability))  # type: ignore[arg-type]
     launch.shared_memory = lambda device: SHARED[capability]  # type: ignore[assignment]
-    table = []
-    for D, C in SIZES:
-        found.clear()
-        compile_kernels.D = D
-        call = compile_kernels.call_of(dtype, C)
-        o, M, S, anchor, *residuals = chunked(*call, "triton")
-        chunked_backward(*call, "triton", *residuals, o, M, S, anchor)
-        needs = needs_of(call.q, step_rows(C, launch.block_rows(call.q)))
-        refused = least(needs) > SHARED[capability]
-        table.append({"D": D, "C": C, "refused": refused, "needs": needs, "kernels": dict(found)})
-    JITFunction.run = run
-    return table
+    return bytes_
+
+
+def allocated(bytes_: dict[str, int], capability: int, dtype: torch.dtype, D: int, C: int) -> dict[str, Any]:
+    """Bytes of every kernel of one size, and what is said about them."""
+    bytes_.clear()
+    compile_kernels.D = D
+    call = compile_kernels.call_of(dtype, C)
+    o, M, S, anchor, *residuals = chunked(*call, "triton")
+    chunked_backward(*call, "triton", *residuals, o, M, S, anchor)
+    needs = needs_of(call.q, step_rows(C, launch.block_rows(call.q)))
+    return {"D": D, "C": C, "refused": least(needs) > SHARED[capability], "needs": needs, "kernels": dict(bytes_)}
 
 
 if __name__ == "__main__":
     capability, *dtypes = sys.argv[1:]
-    driver.set_active(GPU(int(capability)))  # type: ignore[arg-type]
-    CUDABackend.instrumentation = Stop()
-    print(json.dumps({dtype: allocated(int(capability), getattr(torch, dtype)) for dtype in dtypes}))
+    bytes_ = record(int(capability))
+    tables = {
+        dtype: [allocated(bytes_, int(capability), getattr(torch, dtype), D, C) for D, C in SIZES] for dtype in dtypes
+    }
+    print(json.dumps(tables))

@@ -29,6 +29,7 @@ def test_every_kernel_fits_or_is_refused(capability: int) -> None:
     assert done.returncode == 0, done.stderr
     for dtype, table in json.loads(done.stdout).items():
         for size in table:
+            assert {"state_kernel", "state_vjp_kernel"} <= set(size["kernels"])
             parallel, chain = size["needs"]
             steps = steps_in_flight(Needs(parallel, tuple(chain)), SHARED[capability])
             for name, bytes_ in size["kernels"].items():
