@@ -28,17 +28,21 @@ class Needs(NamedTuple):
     chain: tuple[int, ...]
 
 
-# By bfloat16, D > 64, and rows of a step. Read off the compiled kernels; tests/titans/test_fit.py compiles them again.
+BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
+# By dtype, D > 64, and rows of a step. Read off the compiled kernels; tests/titans/test_fit.py compiles them again.
 NEEDS = {
-    (True, False, 16): Needs(65_536, (16_896, 21_156, 25_384)),
-    (True, False, 32): Needs(65_536, (18_432, 26_916, 42_280)),
-    (True, False, 64): Needs(65_536, (32_768, 66_852, 117_288)),
-    (True, True, 16): Needs(155_648, (65_536,)),
-    (True, True, 32): Needs(155_648, (65_536,)),
-    (True, True, 64): Needs(155_648, (81_920, 198_436)),
-    (False, False, 16): Needs(49_152, (32_768, 49_700, 66_600)),
-    (False, False, 32): Needs(49_152, (32_768, 99_364, 165_928)),
-    (False, True, 16): Needs(147_456, (131_072,)),
+    (BFLOAT16, False, 16): Needs(65_536, (16_896, 21_156, 25_384)),
+    (BFLOAT16, False, 32): Needs(65_536, (18_432, 26_916, 42_280)),
+    (BFLOAT16, False, 64): Needs(65_536, (32_768, 66_852, 117_288)),
+    (BFLOAT16, True, 16): Needs(155_648, (65_536,)),
+    (BFLOAT16, True, 32): Needs(155_648, (65_536,)),
+    (BFLOAT16, True, 64): Needs(155_648, (81_920, 198_436)),
+    (FLOAT16, False, 16): Needs(65_536, (32_768, 49_700, 66_600)),
+    (FLOAT16, False, 32): Needs(65_536, (32_768, 99_364, 165_928)),
+    (FLOAT16, True, 16): Needs(212_992, (131_072,)),
+    (FLOAT32, False, 16): Needs(49_152, (32_768, 49_700, 66_600)),
+    (FLOAT32, False, 32): Needs(49_152, (32_768, 99_364, 165_928)),
+    (FLOAT32, True, 16): Needs(147_456, (131_072,)),
 }
 
 
@@ -52,7 +56,7 @@ def shared_memory(device: torch.device) -> int:
 
 def needs_of(q: Tensor, BS: int) -> Needs:
     """Find the needs of the kernels for queries like `q` and steps of BS rows."""
-    return NEEDS[q.dtype == torch.bfloat16, q.shape[-1] > 64, BS]
+    return NEEDS[q.dtype, q.shape[-1] > 64, BS]
 
 
 def least(needs: Needs) -> int:
