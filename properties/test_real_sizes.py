@@ -1,0 +1,185 @@
+"""The sizes of real calls: law 19. The verdicts are those of (B12) to (B16), of section 4.3 and of exact integers."""
+
+import math
+from dataclasses import fields, replace
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from oracle import Cotangents, Inputs
+from oracle.bounds import FLOAT32
+from oracle.bounds.posterior import as_pieces, judge
+from oracle.bounds.posterior.pieces import piece_lengths
+from properties.harness.comparing import Comparison, Found, in_ulps, same
+from properties.harness.definition import definition
+from properties.harness.implementations import Implementation
+from properties.harness.laws import law
+from properties.harness.running import STATE, LawBroken, compute_dtype, run
+from properties.harness.subcalls import resumed, segment
+from properties.problems.problem import Problem
+from properties.problems.real_sizes import real_problems
+from properties.test_plain_memory import fits
+from properties.test_sequences import check_finite
+
+# Elements and rows of each result that have radii of their own, beside the coarse radii of all.
+SAMPLES = 4
+
+
+def moved(x: Any, device: str) -> Any:
+    """Return inputs or cotangents on a device."""
+    return replace(x, **{f.name: y.to(device) for f in fields(x) if isinstance(y := getattr(x, f.name), Tensor)})
+
+
+def check_pieces(implementation: Implementation, inputs: Inputs, cotangents: Cotangents) -> Found:
+    """Compare all results of a call whose sequences lie within one chunk each with a-posteriori radii."""
+    results = run(implementation, inputs, cotangents if "backward" in implementation.claims else None)
+    device = implementation.device
+    on_device = {name: x.to(device) for name, x in results.items() if name != "offset"}
+    arithmetic = implementation.arithmetic(inputs)
+    verdicts = judge(moved(inputs, device), moved(cotangents, device), arithmetic, on_device, samples=SAMPLES)
+    widest = max(x.dtype.itemsize for x in on_device.values())
+    found: Found = []
+    for one in verdicts:
+        if not one.count:
+            continue
+        x, wrong = results[one.result], one.ratio > 1
+        ulps = in_ulps(one.error, float(x.abs().max()), x.dtype) if one.kind == "elements" else 0.0
+        narrow = x.dtype.itemsize < widest and not wrong
+        # An exact 0 has no size that its radius could exceed.
+        unsure = 2 * one.empty > one.count and bool(x.any())
+        found.append(Comparison(one.result, one.count, one.ratio, ulps, unsure, narrow=narrow))
+        if wrong:
+            raise LawBroken(
+                f"{one.result}[{', '.join(map(str, one.index))}] of its {one.kind} is wrong\n"
+                f"    error  {one.error:.6g}\n"
+                f"    bound  {one.radius:.6g}\n"
+                f"    ratio  {one.ratio:.6g}\n"
+                f"    dtype  {x.dtype}",
+                found,
+            )
+    return found
+
+
+# The wide ones are short.
+WIDE = real_problems(D=128, C=256, cells=2**18, heads=1, sequences=2)
+
+
+@law("5.19", "4.2", problems=real_problems() | WIDE, share=1.2)
+def test_a_chunk_of_real_size_is_right(implementation: Implementation, problem: Problem) -> Found:
+    return check_pieces(implementation, problem.inputs(), problem.cotangents())
+
+
+def as_its_own_pieces(implementation: Implementation, inputs: Inputs) -> Inputs:
+    """Return every piece of a call of one sequence as a sequence, from the states that the implementation leaves."""
+    ends = [0, *accumulate(piece_lengths(inputs)[0])]
+    nothing = torch.zeros(1, *inputs.q.shape[2:], inputs.q.shape[-1], dtype=compute_dtype(inputs.q.dtype))
+    entering = [{name: nothing if x is None else x for name, x in (("M", inputs.M), ("S", inputs.S))}]
+    part = segment(inputs, slice(0, ends[1]))
+    for span in pairwise(ends[1:]):
+        entering.append(run(implementation, part))
+        part = resumed(segment(inputs, slice(*span)), entering[-1])
+    check_finite(entering[-1])
+    M, S = (torch.cat([state[name] for state in entering]) for name in ("M", "S"))
+    pieces = as_pieces(inputs, M, S)
+    return pieces if inputs.anchor is not None else replace(pieces, anchor=None)
+
+
+@law(
+    "5.19", "4.2",
+    problems=real_problems(D=48, C=64, chunks=32, cells=2**18, sequences=1, packed=False),
+    needs=["resume", "varlen"],
+    share=0.16,
+)  # fmt: skip
+def test_every_chunk_of_a_long_sequence_is_right_from_the_state_before_it(
+    implementation: Implementation, problem: Problem
+) -> Found:
+    if implementation.device == "cuda":
+        problem = replace(problem, lengths=(16 * problem.tokens,))
+    pieces = as_its_own_pieces(implementation, problem.inputs())
+    lengths = tuple(end - start for _, start, end in pieces.sequences)
+    alike = replace(problem, lengths=lengths, packed=True, initial="momentum", offsets=())
+    return check_pieces(implementation, pieces, alike.cotangents())
+
+
+# Every number is a multiple of a power of two, and none grows in a chunk that has a key no more than once.
+EXACT = real_problems(
+    D=128, C=256, chunks=3, cells=2**20, sequences=2, memories=("plain",), dtypes=("float32", "float64"),
+    theta=st.sampled_from(("constant 2^0", "alternate 2^0 0", "spike 2^0 2^-1 -1", "single 2^0 2^-1 40")),
+    alpha=st.sampled_from(("constant 0", "single 0 2^-1 20", "spike 0 2^-1 -1", "single 0 1 33")),
+    eta=st.sampled_from(("constant 0", "single 0 1 30", "spike 0 2^-1 0")),
+    q=st.sampled_from(("integers 1", "basis")), k=st.sampled_from(("basis", "signs")), v="integers 2",
+    state="integers 2", do="integers 2", gate_dtype="float32", log_gates=False, eps=1e-6,
+)  # fmt: skip
+
+
+def whole(cotangents: Cotangents) -> Cotangents:
+    """Return cotangents of small integers."""
+    given: dict[str, Any] = {name: None if x is None else x.mul(4).round() for name, x in vars(cotangents).items()}
+    return Cotangents(**given)
+
+
+@law("5.19", "4.5", problems=EXACT, needs=["plain", "exact"], share=0.6)
+def test_small_integers_of_real_size_give_exact_values(implementation: Implementation, problem: Problem) -> Found:
+    inputs, cotangents = problem.inputs(), whole(problem.cotangents())
+    if not fits(inputs, cotangents):
+        return []
+    backward = "backward" in implementation.claims
+    results = run(implementation, inputs, cotangents if backward else None)
+    wanted = {name: x for name, x in definition(inputs, cotangents, torch.float64).items() if name in results}
+    found = same(wanted, {name: x.double() for name, x in results.items()}, wanted)
+    return [replace(one, exact=True, oracle=True) for one in found]
+
+
+# The heads of a problem; all of them may be far off together once in 1 / FALSE_ALARM times: properties/README.md.
+HEADS, FALSE_ALARM = 32, 1e-9
+INDEPENDENT: dict[str, Any] = {
+    "theta": st.sampled_from(("uniform -3", "random 2^-8 2^-4", "uniform -8")),
+    "alpha": st.sampled_from(("uniform -3", "random 2^-8 2^-3", "uniform 0")),
+    "eta": st.sampled_from(("uniform 0", "random 2^-1 2^-3")),
+}
+
+
+def sizes_of_heads(name: str, x: Tensor) -> Tensor:
+    """Return the root mean square of a result in each head, shape (H,)."""
+    axis = 0 if name in ("dw", "db") else 1 if name.removeprefix("d") in STATE else 2
+    return x.double().movedim(axis, 0).flatten(1).square().mean(1).sqrt()
+
+
+@law(
+    "5.19", "4.3",
+    problems=real_problems(
+        D=128, C=128, chunks=3, cells=3 * 2**16, heads=1, sequences=1, packed=False, dtypes=("float32",),
+        gate_dtype="float32", **INDEPENDENT,
+    ).map(lambda problem: replace(problem, H=HEADS)),
+    needs=["backward", "large"],
+    share=0.4,
+)  # fmt: skip
+def test_errors_of_real_size_are_at_most_twice_those_of_the_definition(
+    implementation: Implementation, problem: Problem
+) -> Found:
+    inputs, cotangents = problem.inputs(), problem.cotangents()
+    ours = run(implementation, inputs, cotangents)
+    check_finite(ours)
+    exactly, its = (definition(inputs, cotangents, dtype) for dtype in (torch.float64, torch.float32))
+    arithmetic = implementation.arithmetic(inputs)
+    costs_more = arithmetic.log_space or arithmetic.operand > 0 or arithmetic.unit > FLOAT32.unit
+    found: Found = []
+    for name in (name for name in exactly if name in ours):
+        x = exactly[name]
+        once = FLOAT32.unit * sizes_of_heads(name, x)
+        allowed = 2 * sizes_of_heads(name, its[name] - x) + once
+        # 0 / 0 is no failure.
+        ratio = (sizes_of_heads(name, ours[name] - x) / allowed).nan_to_num(nan=0, posinf=math.inf)
+        least, worst = float(ratio.min()), float(ratio.max())
+        found.append(Comparison(name, x.numel(), 0 if costs_more else least))
+        if (least > 1 and not costs_more) or worst > FALSE_ALARM**-0.5:
+            raise LawBroken(
+                f"{name} is less accurate than the definition\n"
+                f"    error / (2 x that of the definition), in the best head  {least:.6g}\n"
+                f"                                             in the worst head {worst:.6g}",
+                found,
+            )
+    return found

@@ -1,0 +1,141 @@
+"""The laws of real sizes see faults that small problems do not show, around a correct backend."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import Phase, given, seed, settings
+from torch import Tensor
+
+from properties import test_real_sizes as laws
+from properties.harness.comparing import compare, radii, truth
+from properties.harness.definition import definition
+from properties.harness.implementations import implementation
+from properties.harness.laws import PROPERTIES
+from properties.harness.running import LawBroken
+from properties.problems.problem import DTYPES, Problem
+from properties.problems.real_sizes import sizes
+
+Call = Callable[..., Any]
+CHUNK = implementation("chunk", "cpu")
+NAMES = tuple(name for name in vars(laws) if name.startswith("test_"))
+
+
+class Halved(torch.autograd.Function):
+    """The identity, with half of its gradient."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0] / 2
+
+
+def heads_are_nan(call: Call, *arguments: Any, **options: Any) -> Any:
+    o, state = call(*arguments, **options)
+    last = torch.arange(o.shape[2])[:, None] >= o.shape[2] / 2
+    return torch.where(last, torch.nan, o), state
+
+
+def nothing_beyond_eight_columns(call: Call, *arguments: Any, **options: Any) -> Any:
+    o, state = call(*arguments, **options)
+    return o * (o.shape[-1] <= 8), state
+
+
+def outputs_too_large_at_real_sizes(call: Call, *arguments: Any, **options: Any) -> Any:
+    o, state = call(*arguments, **options)
+    real = o.shape[-1] >= 16 and arguments[9] >= 16 and o.shape[1] >= 32
+    return o * (1.5 if real else 1), state
+
+
+def one_column_of_dk_is_off_at_64(call: Call, *arguments: Any, **options: Any) -> Any:
+    q, k, *rest = arguments
+    if k.shape[-1] == 64 and k.requires_grad:
+        scale = torch.ones(64, dtype=k.dtype)
+        scale[17] = 1.01
+        k = k * 1  # its gradient, not that of the leaf
+        k.register_hook(lambda dk: dk * scale)
+    return call(q, k, *rest, **options)
+
+
+def gradients_are_halved_in_a_second_chunk(call: Call, *arguments: Any, **options: Any) -> Any:
+    o, state = call(*arguments, **options)
+    return Halved.apply(o) if o.shape[1] > arguments[9] >= 16 else o, state
+
+
+SIZED = (
+    heads_are_nan, nothing_beyond_eight_columns, outputs_too_large_at_real_sizes, one_column_of_dk_is_off_at_64,
+    gradients_are_halved_in_a_second_chunk,
+)  # fmt: skip
+
+
+def noticed(call: Call, name: str, number: int) -> bool:
+    """Whether a law breaks in as many examples as a default run has."""
+    found, subject = PROPERTIES[name], replace(CHUNK, call=call)
+    quick = settings(max_examples=max(1, int(50 * found.share)), phases=[Phase.generate], database=None, deadline=None)
+
+    def checked(problem: Problem) -> None:
+        found.check(subject, problem)
+
+    try:
+        quick(seed(number)(given(problem=found.problems)(checked)))()
+    except LawBroken:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("fault", SIZED)
+def test_a_fault_that_small_problems_do_not_show_is_noticed(fault: Call) -> None:
+    def call(*arguments: Any, **options: Any) -> Any:
+        return fault(CHUNK.call, *arguments, **options)
+
+    assert any(noticed(call, name, 0) for name in NAMES)
+
+
+def test_errors_three_times_those_of_the_definition_are_noticed() -> None:
+    law = PROPERTIES["test_errors_of_real_size_are_at_most_twice_those_of_the_definition"]
+    problem = Problem(lengths=(64,), H=laws.HEADS, D=16, C=32, memory="normalised", theta="uniform -3", initial="M")
+    inputs, cotangents = problem.inputs(), problem.cotangents()
+    exactly, its = (definition(inputs, cotangents, dtype) for dtype in (torch.float64, torch.float32))
+
+    def off(times: float) -> Call:
+        def call(*arguments: Any, **options: Any) -> Any:
+            o, state = CHUNK.call(*arguments, **options)
+            wanted = exactly["o"] + times * (its["o"] - exactly["o"])
+            return o + (wanted - o.double()).detach().to(o.dtype), state
+
+        return call
+
+    law.check(replace(CHUNK, call=off(1)), problem)
+    with pytest.raises(LawBroken, match="o is less accurate than the definition"):
+        law.check(replace(CHUNK, call=off(3)), problem)
+
+
+@pytest.mark.parametrize("memory", ["plain", "normalised"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("log_gates", [False, True])
+def test_the_definition_is_the_oracles(memory: str, dtype: str, log_gates: bool) -> None:
+    problem = Problem(
+        lengths=(2, 0, 3), packed=True, H=2, D=3, C=4, memory=memory, initial="full", offsets=(1, 0, 1),
+        theta="uniform 0", alpha="uniform 0", eta="uniform 0", dtype=dtype, log_gates=log_gates, eps=1e-3,
+    )  # fmt: skip
+    inputs, cotangents = problem.inputs(), problem.cotangents()
+    found = definition(inputs, cotangents, DTYPES[dtype])
+    assert compare(found, truth(inputs, cotangents), radii(CHUNK, inputs, cotangents))
+
+
+def test_sizes_are_large_and_lie_beside_the_edges_of_tiles() -> None:
+    drawn: list[int] = []
+
+    @settings(max_examples=200, phases=[Phase.generate], database=None, derandomize=True)
+    @given(sizes(64, 32))
+    def draw(n: int) -> None:
+        drawn.append(n)
+
+    draw()
+    assert sum(n >= 32 for n in drawn) > len(drawn) / 2
+    assert {31, 33, 63, 64} & {*drawn}
