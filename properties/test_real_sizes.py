@@ -97,7 +97,7 @@ def test_every_chunk_of_a_long_sequence_is_right_from_the_state_before_it(
     implementation: Implementation, problem: Problem
 ) -> Found:
     if implementation.device == "cuda":
-        problem = replace(problem, lengths=(16 * problem.tokens,))
+        problem = replace(problem, lengths=(min(16 * problem.tokens, 8192),))
     pieces = as_its_own_pieces(implementation, problem.inputs())
     lengths = tuple(end - start for _, start, end in pieces.sequences)
     alike = replace(problem, lengths=lengths, packed=True, initial="momentum", offsets=())
@@ -133,7 +133,7 @@ def test_small_integers_of_real_size_give_exact_values(implementation: Implement
     return [replace(one, exact=True, oracle=True) for one in found]
 
 
-# The heads of a problem; all of them may be far off together once in 1 / FALSE_ALARM times: properties/README.md.
+# How often a right implementation may be taken for a wrong one, and the heads that this needs: properties/README.md.
 HEADS, FALSE_ALARM = 32, 1e-9
 INDEPENDENT: dict[str, Any] = {
     "theta": st.sampled_from(("uniform -3", "random 2^-8 2^-4", "uniform -8")),
@@ -173,13 +173,13 @@ def test_errors_of_real_size_are_at_most_twice_those_of_the_definition(
         allowed = 2 * sizes_of_heads(name, its[name] - x) + once
         # 0 / 0 is no failure.
         ratio = (sizes_of_heads(name, ours[name] - x) / allowed).nan_to_num(nan=0, posinf=math.inf)
-        least, worst = float(ratio.min()), float(ratio.max())
-        found.append(Comparison(name, x.numel(), 0 if costs_more else least))
-        if (least > 1 and not costs_more) or worst > FALSE_ALARM**-0.5:
+        worse = 0 if costs_more else int((ratio > 1).sum())
+        found.append(Comparison(name, x.numel(), worse / HEADS))
+        if worse == HEADS or ratio.max() > FALSE_ALARM**-0.5:
             raise LawBroken(
                 f"{name} is less accurate than the definition\n"
-                f"    error / (2 x that of the definition), in the best head  {least:.6g}\n"
-                f"                                             in the worst head {worst:.6g}",
+                f"    heads more than twice as far off {worse} of {HEADS}\n"
+                f"    error / (2 x that of the definition + half an ulp) {ratio.min():.6g} to {ratio.max():.6g}",
                 found,
             )
     return found
