@@ -51,13 +51,16 @@ def _implement(name: str, run: Callable[..., Any], key: str) -> None:
 
 def _define(name: str, arguments: str, results: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """Register an operator, and return it."""
-    if not hasattr(_operators, name):
+    new = not hasattr(_operators, name)
+    if new:
         _library.define(f"{name}({arguments}) -> ({results})")
     # for devices of any kind
     _implement(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"titans::{name}", fake, lib=_library, allow_override=True)
     operator = getattr(_operators, name).default
-    torch.library.register_vmap(f"titans::{name}", over_heads(operator), lib=_library)
+    if new:
+        # torch 2.11 lets nobody replace this rule; that of the module before does the same
+        torch.library.register_vmap(f"titans::{name}", over_heads(operator), lib=_library)
     return operator
 
 
