@@ -1,0 +1,288 @@
+"""How the op is called changes nothing: law 20."""
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from oracle import Cotangents, Inputs
+from properties.harness.comparing import Comparison, Found, same, same_bits
+from properties.harness.implementations import Implementation
+from properties.harness.laws import law
+from properties.harness.running import STATE, Results, backward, call, expect, run, tensors
+from properties.harness.subcalls import TOKENS, Part
+from properties.problems.problem import DTYPES, Problem
+from properties.problems.strategies import problems
+
+ANY = problems(wild=False, most=12)
+PROJECTED, GATES = TOKENS[:3], TOKENS[3:]
+
+
+def values(outputs: Results) -> Results:
+    """Return the outputs of a call, without their graph, on the CPU."""
+    return {name: x.detach().cpu() for name, x in outputs.items()}
+
+
+def recorded(
+    implementation: Implementation, inputs: Inputs, wanted: Collection[str] | None = None
+) -> tuple[Results, Results]:
+    """Return the outputs of a call and those of its tensors, all unless some are wanted, that require gradients."""
+    given = tensors(inputs)
+    wanted = given.keys() if wanted is None else wanted
+    leaves = {name: x.detach().to(implementation.device).requires_grad_(name in wanted) for name, x in given.items()}
+    return call(implementation, inputs, leaves), {name: x for name, x in leaves.items() if name in wanted}
+
+
+def with_call(implementation: Implementation, change: Callable[..., Any]) -> Implementation:
+    """Return the implementation with `change(call, *arguments, **options)` in the place of its call."""
+
+    def changed(*arguments: Any, **options: Any) -> Any:
+        return change(implementation.call, *arguments, **options)
+
+    return replace(implementation, call=changed)
+
+
+@law("5.20", problems=ANY)
+def test_the_grad_mode_changes_no_value(implementation: Implementation, problem: Problem) -> Found:
+    inputs = problem.inputs()
+    records = "backward" in implementation.claims
+    plain = values(recorded(implementation, inputs)[0]) if records else run(implementation, inputs)
+    found: Found = []
+    for mode in (nullcontext, torch.no_grad, torch.inference_mode):
+        with mode():
+            found += same_bits(plain, run(implementation, inputs))
+    return found
+
+
+@law("5.20", problems=ANY, needs=["backward"])
+def test_the_tensors_that_require_gradients_change_no_result(implementation: Implementation, problem: Problem) -> Found:
+    inputs, cotangents = problem.inputs(), problem.cotangents()
+    plain, names = run(implementation, inputs, cotangents), [*tensors(inputs)]
+    found: Found = []
+    for seed in (problem.seed, 2 ** (problem.seed % len(names))):
+        wanted = [name for i, name in enumerate(names) if seed >> i & 1]
+        outputs, leaves = recorded(implementation, inputs, wanted)
+        gradients = backward(outputs, leaves, cotangents)
+        found += same_bits({name: plain[name] for name in (*outputs, *gradients)}, values(outputs | gradients))
+    return found
+
+
+@law("5.20", problems=ANY, needs=["backward", "final_state"])
+def test_gradients_need_no_final_state(implementation: Implementation, problem: Problem) -> Found:
+    inputs, cotangents = problem.inputs(), Cotangents(problem.cotangents().o)
+
+    def without(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        o, nothing = call(*arguments[:-1], False, **options)
+        expect("the final state", nothing, None)
+        return o, nothing
+
+    alone = replace(implementation, claims=implementation.claims - {"final_state", "resume", "offset"})
+    results = run(with_call(alone, without), inputs, cotangents)
+    return same_bits(results, run(implementation, inputs, cotangents))
+
+
+@law("5.20", problems=ANY, needs=["backward"])
+def test_a_cotangent_may_be_expanded_or_missing(implementation: Implementation, problem: Problem) -> Found:
+    inputs = problem.inputs()
+    outputs, leaves = recorded(implementation, inputs)
+    ones = {name: torch.ones_like(x.detach(), device="cpu") for name, x in outputs.items() if name != "offset"}
+    wanted = run(implementation, inputs, Cotangents(**ones))
+    torch.autograd.backward([outputs[name].sum() for name in ones])
+    found = same_bits({name: wanted[f"d{name}"] for name in leaves}, gradients_of(leaves))
+    # Zeros are no cotangent: the numbers are equal, but for the signs of zeros.
+    outputs, leaves = recorded(implementation, inputs)
+    zeros = [torch.zeros_like(x) if name != "o" else torch.ones_like(x) for name, x in outputs.items() if name in ones]
+    torch.autograd.backward([outputs[name] for name in ones], zeros)
+    alone = run(implementation, inputs, Cotangents(ones["o"]))
+    return found + same({name: alone[f"d{name}"] for name in leaves}, gradients_of(leaves))
+
+
+def gradients_of(leaves: Results) -> Results:
+    """Return the accumulated gradients: zeros where nothing has arrived."""
+    return {name: torch.zeros_like(x).cpu() if x.grad is None else x.grad.cpu() for name, x in leaves.items()}
+
+
+@law("5.20", problems=ANY, needs=["backward"])
+def test_a_cotangent_that_is_no_number_stays_in_its_sequence_and_head(
+    implementation: Implementation, problem: Problem
+) -> Found:
+    fitting = [n for n, T in enumerate(problem.lengths) if T]
+    if not fitting:
+        return []
+    inputs, cotangents = problem.inputs(), problem.cotangents()
+    n, h = fitting[problem.seed % len(fitting)], problem.H - 1
+    row, begin, end = inputs.sequences[n]
+    t = problem.seed % (end - begin)
+    do = cotangents.o.clone()
+    do[row, begin + t, h, 0] = torch.nan
+    clean, dirty = (run(implementation, inputs, replace(cotangents, o=x)) for x in (cotangents.o, do))
+    found: Found = []
+    heads, others = range(problem.H - 1), [x for x in range(problem.sequences) if x != n]
+    for part in (Part(inputs, range(problem.sequences), heads), Part(inputs, others, range(problem.H))):
+        chosen = [part.select_all({name: x for name, x in y.items() if name != "offset"}) for y in (clean, dirty)]
+        found += same(chosen[0], chosen[1])
+    # No later token has a part in this output; a kernel may multiply those of its chunk by 0.
+    place = (problem.starts[n] + t) % problem.C
+    later = slice(min(begin + t + problem.C - place, end), end)
+    clean, dirty = ({name: x[f"d{name}"][row, later, h] for name in TOKENS} for x in (clean, dirty))
+    return found + same(clean, dirty)
+
+
+@law("5.20", problems=ANY, needs=["backward"])
+def test_a_second_backward_gives_the_same_bits(implementation: Implementation, problem: Problem) -> Found:
+    inputs, cotangents = problem.inputs(), problem.cotangents()
+    outputs, leaves = recorded(implementation, inputs)
+    ends = {name: x for name in ("o", *STATE) if name in outputs and (x := getattr(cotangents, name)) is not None}
+    found: Results | None = None
+    for _ in range(2):
+        gradients = torch.autograd.grad(
+            [outputs[name] for name in ends],
+            list(leaves.values()),
+            [x.to(implementation.device) for x in ends.values()],
+            retain_graph=True,
+            materialize_grads=True,
+        )
+        now = values(dict(zip(leaves, gradients, strict=True)))
+        compared = same_bits(found or now, now)
+        found = now
+    return compared
+
+
+@law("5.20", problems=ANY)
+def test_inputs_may_share_memory(implementation: Implementation, problem: Problem) -> Found:
+    inputs, flowing = problem.inputs(), problem.cotangents()
+    given = {name: x.to(implementation.device) for name, x in tensors(inputs).items()}
+    q, k, v = torch.stack([given[name] for name in PROJECTED], 2).unbind(2)
+    theta, alpha, eta = torch.stack([given[name] for name in GATES], -1).unbind(-1)
+    fused = given | {"q": q, "k": k, "v": v, "theta": theta, "alpha": alpha, "eta": eta}
+    found = same_bits(run(implementation, inputs, flowing), run(implementation, inputs, flowing, fused))
+    # The same tensor twice, and one state for all sequences.
+    expanded = {name: given[name][:1].expand_as(given[name]) for name in ("M", "S") if name in given}
+    alike = given | expanded | {"q": given["k"]}
+    if "anchor" in given:
+        alike["anchor"] = alike["M"]
+    apart = {name: x.clone(memory_format=torch.contiguous_format) for name, x in alike.items()}
+    return found + same_bits(run(implementation, inputs, flowing, apart), run(implementation, inputs, flowing, alike))
+
+
+@law("5.20", problems=problems(wild=False, most=12, dtypes=("float32",)), needs=["half"])
+def test_the_same_numbers_in_other_dtypes_give_the_same_results(
+    implementation: Implementation, problem: Problem
+) -> Found:
+    wide = "bfloat16" in implementation.claims and problem.seed % 2
+    narrow, inputs, flowing = DTYPES["bfloat16" if wide else "float16"], problem.inputs(), problem.cotangents()
+    names = {"w", "b", *GATES} | ({"M"} if inputs.S is None else set())
+    given = tensors(inputs)
+    half = {name: x.to(narrow) if name in names else x for name, x in given.items()}
+    single = {name: x.to(given[name].dtype) for name, x in half.items()}
+
+    def other_integers(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        *rest, start, wanted = arguments
+        if "cu_seqlens" in options:
+            options["cu_seqlens"] = options["cu_seqlens"].long()
+        if hasattr(start, "offset"):
+            start = implementation.state(start.M, start.S, start.anchor, start.offset.int())
+        return call(*rest, start, wanted, **options)
+
+    plain = run(implementation, inputs, flowing, single)
+    narrowed = run(with_call(implementation, other_integers), inputs, flowing, half)
+    expected = {name: x.to(narrowed[name].dtype) for name, x in plain.items()}
+    return same(expected, narrowed, [name for name in expected if name != "offset"])
+
+
+@law("5.20", problems=ANY)
+def test_a_tensor_that_was_changed_in_place_is_read_again(implementation: Implementation, problem: Problem) -> Found:
+    first, second = problem.inputs(), replace(problem, seed=problem.seed + 1, lengths=problem.lengths[::-1]).inputs()
+    second = replace(second, offset=first.offset)
+    kept: list[Tensor] = []
+
+    def in_place(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        *rest, start, wanted = arguments
+        passed = [x for x in (*rest, *fields_of(start), options.get("cu_seqlens")) if isinstance(x, Tensor)]
+        if not kept:
+            kept.extend(x.clone() for x in passed)
+        for x, y in zip(kept, passed, strict=True):
+            x.copy_(y)
+        again = iter(kept)
+        rest = [next(again) if isinstance(x, Tensor) else x for x in rest]
+        parts = [next(again) for _ in fields_of(start)]
+        start = implementation.state(*parts) if len(parts) == 4 else parts[0] if parts else None
+        if "cu_seqlens" in options:
+            options["cu_seqlens"] = next(again)
+        return call(*rest, start, wanted, **options)
+
+    subject = with_call(implementation, in_place)
+    run(subject, first)
+    return same_bits(run(implementation, second), run(subject, second))
+
+
+def fields_of(start: Any) -> tuple[Tensor, ...]:
+    """Return the tensors of an initial state."""
+    if start is None or isinstance(start, Tensor):
+        return () if start is None else (start,)
+    return start.M, start.S, start.anchor, start.offset
+
+
+@law("5.20", problems=problems(wild=False, most=4) | problems(wild=False, most=4, fewest=1).map(
+    lambda problem: replace(problem, lengths=(0,) * problem.sequences)
+))  # fmt: skip
+def test_results_share_no_memory_with_arguments(implementation: Implementation, problem: Problem) -> Found:
+    inputs = problem.inputs()
+    leaves = {name: x.to(implementation.device) for name, x in tensors(inputs).items()}
+    before = values({name: x.clone() for name, x in leaves.items()})
+    with torch.no_grad():
+        outputs = call(implementation, inputs, leaves)
+        for x in outputs.values():
+            x.fill_(7)
+    found = same(before, values(leaves))
+    return found or [Comparison("o", 0, oracle=False)]
+
+
+@law("5.20", problems=ANY)
+def test_other_calls_before_and_between_change_nothing(implementation: Implementation, problem: Problem) -> Found:
+    inputs, cotangents = problem.inputs(), problem.cotangents()
+    other = replace(problem, seed=problem.seed + 1, C=problem.C + 1, alpha="constant 2^-2", theta="constant 0")
+    first = run(implementation, inputs, cotangents)
+    beside = run(implementation, other.inputs(), other.cotangents())
+    if "backward" not in implementation.claims:
+        return same_bits(first, run(implementation, inputs)) + same_bits(beside, run(implementation, other.inputs()))
+    # The backward of a call after the forward of another.
+    one, two = recorded(implementation, inputs), recorded(implementation, other.inputs())
+    found: Found = []
+    for (outputs, leaves), flowing, wanted in ((one, cotangents, first), (two, other.cotangents(), beside)):
+        found += same_bits(wanted, values(outputs | backward(outputs, leaves, flowing)))
+    return found
+
+
+@contextmanager
+def restored(change: Callable[[Any], None], value: Any, old: Any) -> Iterator[None]:
+    """Set something for a while."""
+    change(value)
+    try:
+        yield
+    finally:
+        change(old)
+
+
+def surroundings(device: str) -> Iterator[tuple[str, AbstractContextManager[Any]]]:
+    """All that a program may set around a call, by name."""
+    yield "default dtype", restored(torch.set_default_dtype, torch.float64, torch.get_default_dtype())
+    yield "default device", torch.device("meta")
+    yield "deterministic", restored(torch.use_deterministic_algorithms, True, False)
+    yield "anomaly mode", torch.autograd.set_detect_anomaly(True, check_nan=False)
+    if device == "cuda":
+        yield "stream", torch.cuda.stream(torch.cuda.Stream())  # type: ignore[no-untyped-call]
+
+
+@law("5.20", problems=ANY)
+def test_what_is_set_around_a_call_changes_nothing(implementation: Implementation, problem: Problem) -> Found:
+    inputs, cotangents = problem.inputs(), problem.cotangents()
+    plain = run(implementation, inputs, cotangents)
+    found: Found = []
+    for _, around in surroundings(implementation.device):
+        with around:
+            found += same_bits(plain, run(implementation, inputs, cotangents))
+    return found
