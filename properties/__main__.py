@@ -28,7 +28,7 @@ def main() -> int:
         report.write_json(options.output, verdicts, {"about": about, "shard": None, "profile": profile, "seed": seed})
     trouble = report.too_many_ill_conditioned(verdicts)
     print("\n".join((*report.table(verdicts), *report.failures(verdicts), *report.summary(verdicts), trouble)))
-    return bool(trouble) or report.outcome(verdicts) == "FAIL"
+    return bool(trouble) or report.outcome(verdicts, verdicts) in ("FAIL", "not complete")
 
 
 if __name__ == "__main__":

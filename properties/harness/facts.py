@@ -1,6 +1,7 @@
 """The facts of a test, summed over its examples, and the verdict that has them."""
 
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -115,11 +116,11 @@ class Recorder:
     ----------
     test : str
         Its node id, for the command that replays a failure.
-    options : sequence of str
+    options : sequence of (name, value)
         The options of the run that this command repeats.
     """
 
-    def __init__(self, test: str = "TEST", options: tuple[str, ...] = ()) -> None:
+    def __init__(self, test: str = "TEST", options: Sequence[tuple[str, str]] = ()) -> None:
         self.test, self.options, self.facts = test, options, Facts()
 
     def example(self, law: str, problem: Problem, found: Found, half: bool) -> None:
@@ -146,8 +147,13 @@ class Recorder:
 
     def replay(self, problem: Problem) -> str:
         """Return the command that runs the test on this problem."""
-        options = "".join(f" {option}" for option in self.options)
-        return f"pytest '{self.test}'{options} --replay '{problem.to_json()}'"
+        return f"{self.command} --replay '{problem.to_json()}'"
+
+    @property
+    def command(self) -> str:
+        """The command that runs the test."""
+        options = "".join(f" {name} {shlex.quote(value)}" for name, value in self.options)
+        return f"pytest '{self.test}'{options}"
 
 
 @dataclass(frozen=True)
@@ -160,7 +166,7 @@ class Verdict(Facts):
         Its node id.
     law, implementation, device : str
     verdict : {"pass", "fail", "not claimed", "error"}
-        "error": the test did not get as far as its law.
+        "error": the test has no result, since it did not get as far as its law or its process died.
     sections : tuple of str
         Of `SPEC.md`.
     lacking : tuple of str

@@ -8,11 +8,10 @@ from typing import Any
 
 from properties.harness import report
 from properties.harness.facts import Verdict
+from properties.harness.ledger import ORDER
 from properties.harness.sharding import Shard
 
 COUNTS = ("calls", "compared", "examples", "ill_conditioned", "half", "half_ill_conditioned", "finite", "exact")
-# The worst comes first: a law fails where it fails in one shard.
-ORDER = ("error", "fail", "pass", "not claimed")
 
 
 @dataclass(frozen=True)
@@ -105,6 +104,7 @@ def together(rows: Sequence[Verdict]) -> Verdict:
     # What no shard draws, every shard runs whole.
     total = max if rows[0].law in report.REPLAYED else sum
     counts = {name: total(getattr(row, name) for row in rows) for name in COUNTS}
+    # A law fails where it fails in one shard.
     first = min(rows, key=lambda row: ORDER.index(row.verdict))
     widest = max(rows, key=lambda row: row.ratio)
     worst: dict[str, tuple[float, str]] = {}

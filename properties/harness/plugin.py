@@ -4,7 +4,7 @@ import argparse
 import json
 import os
 import platform
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,18 @@ import torch
 from hypothesis import settings
 
 from properties.harness import crash_isolation, draws, implementations, ratchet, report, sharding
-from properties.harness.facts import Recorder, Verdict
+from properties.harness.facts import Recorder
 from properties.harness.foreign import foreign
 from properties.harness.implementations import BACKENDS, CLAIMS, DEFAULT, Implementation, devices
 from properties.harness.laws import PROPERTIES
+from properties.harness.ledger import Ledger
 from properties.problems.problem import Problem
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
-SEEN = pytest.StashKey[list[Verdict]]()
+LEDGER = pytest.StashKey[Ledger]()
 SHARD = pytest.StashKey[sharding.Shard | None]()
 SUBJECTS = pytest.StashKey[dict[str, Implementation]]()
-OPTIONS = pytest.StashKey[tuple[str, ...]]()
+OPTIONS = pytest.StashKey[Sequence[tuple[str, str]]]()
 RECORDER = pytest.StashKey[Recorder]()
 
 
@@ -74,8 +75,7 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     named = {"--backends": DEFAULT, "--impl": None, "--impl-lacks": None, "--device": "cpu"}
     values = {name: config.getoption(name) for name in named}
-    config.stash[OPTIONS] = tuple(f"{name} {values[name]}" for name in named if values[name] != named[name])
-    config.stash[SEEN] = []
+    config.stash[OPTIONS] = tuple((name, values[name]) for name in named if values[name] != named[name])
     crash_isolation.spread(config.getoption("--device"))
     if reports := config.getoption("--reports-to"):
         config.pluginmanager.register(crash_isolation.Reporter(config, reports), "titans-reporter")
@@ -86,11 +86,13 @@ def pytest_configure(config: pytest.Config) -> None:
         config.stash[SHARD] = sharding.Shard.parse(text) if (text := config.getoption("--shard")) else None
     except ValueError as error:
         raise pytest.UsageError(str(error)) from error
+    config.stash[LEDGER] = Ledger(config.stash[SUBJECTS].values(), config.stash[OPTIONS])
+    config.pluginmanager.register(config.stash[LEDGER], "titans-ledger")
 
 
 def repeated(config: pytest.Config) -> list[str]:
     """Return the options with which another process checks the same."""
-    options = [word for option in config.stash[OPTIONS] for word in option.split(" ", 1)]
+    options = [word for option in config.stash[OPTIONS] for word in option]
     options += [f"--hypothesis-profile={settings.get_current_profile_name()}"]
     for name in ("--hypothesis-seed", "--shard", "--replay"):
         if (value := config.getoption(name)) is not None:
@@ -234,54 +236,35 @@ def save(law: str, problem: Problem, test: str) -> Path:
         return path
 
 
-class Collector:
-    """Gather the verdicts of all workers."""
-
-    def __init__(self, seen: list[Verdict]) -> None:
-        self.seen = seen
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Keep the verdict of a test that ran, or could not."""
-        if (report.when == "call" or (report.when == "setup" and not report.passed)) and (row := verdict(report)):
-            self.seen.append(row)
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Expect a verdict of every test that was collected."""
+    session.config.stash[LEDGER].expect((item.nodeid, about(item)) for item in session.items)
 
 
-def verdict(given: pytest.TestReport) -> Verdict | None:
-    """Return the verdict that a report of pytest's amounts to."""
-    failed = "fail" if given.when == "call" else "error"
-    outcome = {"passed": "pass", "skipped": "not claimed", "failed": failed}[given.outcome]
-    # The reason of a skipped test, where no claim is missing.
-    reason = (given.longrepr[2].removeprefix("Skipped: "),) if isinstance(given.longrepr, tuple) else ()
-    return report.read(given.nodeid, outcome, reason, given.user_properties)
-
-
-def pytest_sessionstart(session: pytest.Session) -> None:
-    """Listen to the reports."""
-    session.config.pluginmanager.register(Collector(session.config.stash[SEEN]), "titans-collector")
-
-
+@pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Write the verdicts where a file was asked for; a worker leaves that to the controller."""
-    path = session.config.getoption("--verdicts")
-    if hasattr(session.config, "workerinput"):
+    """Give every test a verdict, and write them where a file was asked for; a worker leaves that to the controller."""
+    config = session.config
+    if hasattr(config, "workerinput") or config.getoption("collectonly"):
         return
-    if report.too_many_ill_conditioned(session.config.stash[SEEN]) and not session.exitstatus:
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
-    if session.config.getoption("--update-ratchet"):
-        ratchet.update(session.config.stash[SEEN])
-    if path:
+    ledger = config.stash[LEDGER]
+    ledger.complete(config)
+    session.exitstatus = session.exitstatus or ledger.exit_status
+    if config.getoption("--update-ratchet"):
+        ratchet.update(ledger.verdicts)
+    if path := config.getoption("--verdicts"):
         about = {
-            "about": pytest_report_header(session.config),
-            "shard": session.config.getoption("--shard"),
+            "about": pytest_report_header(config),
+            "shard": config.getoption("--shard"),
             "profile": settings.get_current_profile_name(),
-            "seed": str(session.config.getoption("--hypothesis-seed")),
+            "seed": str(config.getoption("--hypothesis-seed")),
         }
-        report.write_json(path, session.config.stash[SEEN], about)
+        report.write_json(path, ledger.verdicts, about)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Print the table of verdicts, the failures in full, and how much was checked."""
-    seen = config.stash[SEEN]
+    seen = config.stash[LEDGER].verdicts
     if not seen:
         return
     terminalreporter.section("verdicts")

@@ -102,12 +102,19 @@ def failures(verdicts: list[Verdict]) -> list[str]:
         if row.verdict not in ("fail", "error"):
             continue
         lines += [
-            f"  {row.law}{fixture(row)}[{row.implementation}] fails, first at example {row.failing_call}",
+            f"  {row.law}{fixture(row)}[{row.implementation}] {ending(row)}",
             *(f"    {text}" for text in row.message.splitlines()[:8]),
-            f"    smallest failing problem: {row.failing_problem}",
+            *([f"    smallest failing problem: {row.failing_problem}"] if row.failing_problem else []),
             f"    replay: {row.replay}",
         ]
     return lines
+
+
+def ending(row: Verdict) -> str:
+    """Say how a test went wrong."""
+    if row.failing_problem:
+        return f"fails, first at example {row.failing_call}"
+    return "fails" if row.verdict == "fail" else "has no result"
 
 
 def too_many_ill_conditioned(verdicts: list[Verdict]) -> str:
@@ -131,10 +138,14 @@ def summary(verdicts: list[Verdict]) -> list[str]:
     ]
 
 
-def outcome(verdicts: list[Verdict]) -> str:
-    """Return one word for some verdicts."""
+def outcome(verdicts: list[Verdict], of: list[Verdict]) -> str:
+    """Return one word for some verdicts of a run: none passes where a law of the run has no result."""
     given = {row.verdict for row in verdicts}
-    return "FAIL" if given & {"fail", "error"} else "pass" if "pass" in given else "not checked"
+    if "fail" in given:
+        return "FAIL"
+    if any(row.verdict == "error" for row in of):
+        return "not complete"
+    return "pass" if "pass" in given else "not checked"
 
 
 def of_section(verdicts: list[Verdict], section: str) -> list[Verdict]:
@@ -145,13 +156,15 @@ def of_section(verdicts: list[Verdict], section: str) -> list[Verdict]:
 def finite(verdicts: list[Verdict]) -> list[str]:
     """Section 4.1."""
     laws, numbers = of_section(verdicts, "4.1"), sum(row.finite for row in verdicts)
-    return [f"4.1 finite: {outcome(laws)}; {numbers} examples had to be finite in every number"]
+    return [f"4.1 finite: {outcome(laws, verdicts)}; {numbers} examples had to be finite in every number"]
 
 
 def bound(verdicts: list[Verdict]) -> list[str]:
     """Section 4.2: never exceeded, and how far above the errors seen."""
     compared = [row for row in verdicts if row.examples or row.verdict in ("fail", "error")]
-    lines = [f"4.2 bound: {outcome(compared)}; bound / worst error seen is that of each stage's loosest result"]
+    lines = [
+        f"4.2 bound: {outcome(compared, verdicts)}; bound / worst error seen is that of each stage's loosest result"
+    ]
     names = list(dict.fromkeys(row.implementation for row in compared))
     lines.append(f"    {'':38}" + "".join(f"{name:>20}" for name in names))
     rows = {name: [row for row in compared if row.implementation == name] for name in names}
@@ -203,8 +216,9 @@ def slack(rows: list[Verdict], stage: str, results: tuple[str, ...]) -> tuple[fl
 def definition(verdicts: list[Verdict]) -> list[str]:
     """Section 4.3."""
     laws = of_section(verdicts, "4.3")
+    said = outcome(laws, verdicts)
     shares = ", ".join(f"{row.implementation} {row.ratio:.0%}" for row in laws if row.examples)
-    return [f"4.3 not worse than 2x the definition: {outcome(laws)}; heads that were, at most: {shares or 'none seen'}"]
+    return [f"4.3 not worse than 2x the definition: {said}; heads that were, at most: {shares or 'none seen'}"]
 
 
 def worst_cases(verdicts: list[Verdict]) -> list[str]:
@@ -219,8 +233,9 @@ def worst_cases(verdicts: list[Verdict]) -> list[str]:
     )
     better = sum(ratio < 1 for ratio in now)
     return [
-        f"4.4 ratchet: {outcome(laws)}; {len(now)} worst cases replayed, at most {max(now, default=0):.2f}x the stored "
-        f"error; {better} better, {worse} worse cases seen elsewhere (--update-ratchet stores them)"
+        f"4.4 ratchet: {outcome(laws, verdicts)}; {len(now)} worst cases replayed, "
+        f"at most {max(now, default=0):.2f}x the stored error; {better} better, {worse} worse cases seen elsewhere "
+        "(--update-ratchet stores them)"
     ]
 
 
@@ -228,7 +243,7 @@ def exact_regime(verdicts: list[Verdict]) -> list[str]:
     """Section 4.5."""
     laws = of_section(verdicts, "4.5")
     numbers = (f"{row.implementation} {row.exact}" for row in laws if row.verdict != "not claimed")
-    return [f"4.5 exact regime: {outcome(laws)}; examples right in every bit: {', '.join(numbers)}"]
+    return [f"4.5 exact regime: {outcome(laws, verdicts)}; examples right in every bit: {', '.join(numbers)}"]
 
 
 # Of section 4 of `SPEC.md`.
