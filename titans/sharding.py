@@ -97,19 +97,19 @@ def _fields(call: Call, rule: _Rule) -> list[Any]:
     return [None if value is None else at[name] for name, value in call._asdict().items()]
 
 
-def _residuals(rule: _Rule, backend: str) -> list[Any]:
-    """Placements of M0, S0, x and r; x and r are empty but for the kernels."""
+def _residuals(call: Call, rule: _Rule, backend: str) -> list[Any]:
+    """Placements of M0, S0, x and r; x and r are empty but for the kernels, r in the plain memory as well."""
     from torch.distributed.tensor import Replicate
 
-    inner = rule.tokens if backend == "triton" else Replicate()
-    return [rule.kept, rule.kept, inner, inner]
+    x = rule.tokens if backend == "triton" else Replicate()
+    return [rule.kept, rule.kept, x, Replicate() if call.w is None else x]
 
 
 def _chunked(*arguments: Any) -> list[tuple[list[Any], list[Any]]]:
     *fields, backend = arguments
     call = Call(*fields)
     return [
-        ([rule.tokens, *[rule.states] * 3, *_residuals(rule, backend)], [*_fields(call, rule), None])
+        ([rule.tokens, *[rule.states] * 3, *_residuals(call, rule, backend)], [*_fields(call, rule), None])
         for rule in _rules(call.cu_seqlens is not None)
     ]
 
@@ -126,7 +126,7 @@ def _chunked_backward(*arguments: Any) -> list[tuple[list[Any], list[Any]]]:
         gradients = [*[rule.tokens] * 3, *[parameters] * 2, *[rule.tokens] * 3, *[rule.states] * 3]
         flowing = [rule.tokens, *[rule.states] * 3]
         inflow = [None if d is None else at for d, at in zip(cotangents, flowing, strict=True)]
-        found.append((gradients, [*_fields(call, rule), None, *_residuals(rule, backend), *inflow]))
+        found.append((gradients, [*_fields(call, rule), None, *_residuals(call, rule, backend), *inflow]))
     return found
 
 

@@ -11,7 +11,7 @@ import torch
 
 from tests.titans.test_backend import call
 from titans.backend import choose
-from titans.kernels import launch
+from titans.kernels import fit, launch
 from titans.kernels.fit import HOPPER, NEEDS, Needs, needs_of, steps_in_flight
 from titans.partition import step_rows
 
@@ -62,3 +62,18 @@ def test_a_call_that_does_not_fit_runs_another_backend(monkeypatch: pytest.Monke
         backend, against = choose(call("cuda", D=128), None, "chunk")
     assert backend == "chunk"
     assert against == "takes a GPU with 147456 bytes of shared memory for D = 128, got 101376"
+
+
+def test_a_compiled_call_may_ask_for_the_size_of_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Utilities:
+        @staticmethod
+        def get_device_properties(index: int) -> dict[str, int]:
+            # as the driver does, Dynamo cannot trace it
+            return {"max_shared_mem": len(os.listdir(ROOT)) * 0 + SHARED[80]}
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(fit.driver, "active", type("Driver", (), {"utils": Utilities}))
+    fit._shared_memory.cache_clear()
+    asked = torch.compile(lambda x: x + fit.shared_memory(torch.device("cuda", 7)), fullgraph=True, backend="eager")
+    assert asked(torch.zeros(1)).item() == SHARED[80]
+    fit._shared_memory.cache_clear()

@@ -208,9 +208,9 @@ def check_call(call: dict[str, Any], dtype: torch.dtype, device: str) -> None:
         truth, bound = (exact.o, radius.o) if name == "o" else (getattr(exact.state, name), getattr(radius, name))
         # over several chunks of the normalised memory nothing is promised of half precision
         assert np.isfinite(bound).all() or (dtype.itemsize == 2 and inputs.w is not None)
-        # and the rounding to the dtype of the result
-        size = np.abs(truth) + bound
-        bound = bound + size * (torch.finfo(value.dtype).eps / 2 if value.dtype.itemsize == 2 else 0)
+        if value.dtype.itemsize == 2:
+            # and the rounding to the dtype of the result
+            bound = bound + (np.abs(truth) + bound) * (torch.finfo(value.dtype).eps / 2)
         assert (np.abs(oracle.exact(value.detach().cpu()) - truth) <= bound).all(), name
 
 

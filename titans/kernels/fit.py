@@ -46,12 +46,20 @@ NEEDS = {
 }
 
 
-@functools.cache
 def shared_memory(device: torch.device) -> int:
     """Bytes that a program may have on a device, asked once; where there is no GPU, those of the GPU tuned for."""
+    return _shared_memory(device)
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
     if device.type != "cuda" or not torch.cuda.is_available():
         return HOPPER
     return int(driver.active.utils.get_device_properties(device.index)["max_shared_mem"])
+
+
+# a compiled call asks while it is traced; this is `torch.compiler.assume_constant_result` without the import of Dynamo
+shared_memory._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def needs_of(q: Tensor, BS: int) -> Needs:
