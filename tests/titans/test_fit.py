@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -72,7 +73,7 @@ def test_a_compiled_call_may_ask_for_the_size_of_shared_memory(monkeypatch: pyte
             return {"max_shared_mem": len(os.listdir(ROOT)) * 0 + SHARED[80]}
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(fit.driver, "active", type("Driver", (), {"utils": Utilities}))
+    monkeypatch.setattr(fit, "driver", SimpleNamespace(active=SimpleNamespace(utils=Utilities)))
     fit._shared_memory.cache_clear()
     asked = torch.compile(lambda x: x + fit.shared_memory(torch.device("cuda", 7)), fullgraph=True, backend="eager")
     assert asked(torch.zeros(1)).item() == SHARED[80]
