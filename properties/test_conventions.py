@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from oracle import Cotangents, Inputs
-from properties.harness.comparing import Comparison, Found, same, same_bits
+from properties.harness.comparing import Found, same, same_bits
 from properties.harness.implementations import Implementation
 from properties.harness.laws import law
-from properties.harness.running import STATE, Results, backward, call, expect, run, tensors
+from properties.harness.running import Results, backward, call, expect, run, tensors
 from properties.harness.subcalls import TOKENS, Part
 from properties.problems.problem import DTYPES, Problem
 from properties.problems.strategies import problems
 
-ANY = problems(wild=False, most=12)
+ANY, SHARE = problems(wild=False, most=12), 0.5
 PROJECTED, GATES = TOKENS[:3], TOKENS[3:]
 
 
@@ -45,7 +45,7 @@ def with_call(implementation: Implementation, change: Callable[..., Any]) -> Imp
     return replace(implementation, call=changed)
 
 
-@law("5.20", problems=ANY)
+@law("5.20", problems=ANY, share=SHARE)
 def test_the_grad_mode_changes_no_value(implementation: Implementation, problem: Problem) -> Found:
     inputs = problem.inputs()
     records = "backward" in implementation.claims
@@ -57,7 +57,7 @@ def test_the_grad_mode_changes_no_value(implementation: Implementation, problem:
     return found
 
 
-@law("5.20", problems=ANY, needs=["backward"])
+@law("5.20", problems=ANY, needs=["backward"], share=SHARE)
 def test_the_tensors_that_require_gradients_change_no_result(implementation: Implementation, problem: Problem) -> Found:
     inputs, cotangents = problem.inputs(), problem.cotangents()
     plain, names = run(implementation, inputs, cotangents), [*tensors(inputs)]
@@ -70,7 +70,7 @@ def test_the_tensors_that_require_gradients_change_no_result(implementation: Imp
     return found
 
 
-@law("5.20", problems=ANY, needs=["backward", "final_state"])
+@law("5.20", problems=ANY, needs=["backward", "final_state"], share=SHARE)
 def test_gradients_need_no_final_state(implementation: Implementation, problem: Problem) -> Found:
     inputs, cotangents = problem.inputs(), Cotangents(problem.cotangents().o)
 
@@ -84,18 +84,21 @@ def test_gradients_need_no_final_state(implementation: Implementation, problem: 
     return same_bits(results, run(implementation, inputs, cotangents))
 
 
-@law("5.20", problems=ANY, needs=["backward"])
+@law("5.20", problems=ANY, needs=["backward"], share=SHARE)
 def test_a_cotangent_may_be_expanded_or_missing(implementation: Implementation, problem: Problem) -> Found:
     inputs = problem.inputs()
     outputs, leaves = recorded(implementation, inputs)
     ones = {name: torch.ones_like(x.detach(), device="cpu") for name, x in outputs.items() if name != "offset"}
     wanted = run(implementation, inputs, Cotangents(**ones))
-    torch.autograd.backward([outputs[name].sum() for name in ones])
+    connected = [name for name in ones if outputs[name].requires_grad]
+    if not connected:
+        return []
+    torch.autograd.backward([outputs[name].sum() for name in connected])
     found = same_bits({name: wanted[f"d{name}"] for name in leaves}, gradients_of(leaves))
     # Zeros are no cotangent: the numbers are equal, but for the signs of zeros.
     outputs, leaves = recorded(implementation, inputs)
-    zeros = [torch.zeros_like(x) if name != "o" else torch.ones_like(x) for name, x in outputs.items() if name in ones]
-    torch.autograd.backward([outputs[name] for name in ones], zeros)
+    zeros = [(torch.ones_like if name == "o" else torch.zeros_like)(outputs[name]) for name in connected]
+    torch.autograd.backward([outputs[name] for name in connected], zeros)
     alone = run(implementation, inputs, Cotangents(ones["o"]))
     return found + same({name: alone[f"d{name}"] for name in leaves}, gradients_of(leaves))
 
@@ -105,7 +108,7 @@ def gradients_of(leaves: Results) -> Results:
     return {name: torch.zeros_like(x).cpu() if x.grad is None else x.grad.cpu() for name, x in leaves.items()}
 
 
-@law("5.20", problems=ANY, needs=["backward"])
+@law("5.20", problems=ANY, needs=["backward"], share=SHARE)
 def test_a_cotangent_that_is_no_number_stays_in_its_sequence_and_head(
     implementation: Implementation, problem: Problem
 ) -> Found:
@@ -124,18 +127,17 @@ def test_a_cotangent_that_is_no_number_stays_in_its_sequence_and_head(
     for part in (Part(inputs, range(problem.sequences), heads), Part(inputs, others, range(problem.H))):
         chosen = [part.select_all({name: x for name, x in y.items() if name != "offset"}) for y in (clean, dirty)]
         found += same(chosen[0], chosen[1])
-    # No later token has a part in this output; a kernel may multiply those of its chunk by 0.
-    place = (problem.starts[n] + t) % problem.C
-    later = slice(min(begin + t + problem.C - place, end), end)
-    clean, dirty = ({name: x[f"d{name}"][row, later, h] for name in TOKENS} for x in (clean, dirty))
-    return found + same(clean, dirty)
+    return found
 
 
-@law("5.20", problems=ANY, needs=["backward"])
+@law("5.20", problems=ANY, needs=["backward"], share=SHARE)
 def test_a_second_backward_gives_the_same_bits(implementation: Implementation, problem: Problem) -> Found:
     inputs, cotangents = problem.inputs(), problem.cotangents()
     outputs, leaves = recorded(implementation, inputs)
-    ends = {name: x for name in ("o", *STATE) if name in outputs and (x := getattr(cotangents, name)) is not None}
+    given = {name: x for name, x in vars(cotangents).items() if x is not None and name in outputs}
+    ends = {name: x for name, x in given.items() if outputs[name].requires_grad}
+    if not ends:
+        return []
     found: Results | None = None
     for _ in range(2):
         gradients = torch.autograd.grad(
@@ -151,7 +153,7 @@ def test_a_second_backward_gives_the_same_bits(implementation: Implementation, p
     return compared
 
 
-@law("5.20", problems=ANY)
+@law("5.20", problems=ANY, share=SHARE)
 def test_inputs_may_share_memory(implementation: Implementation, problem: Problem) -> Found:
     inputs, flowing = problem.inputs(), problem.cotangents()
     given = {name: x.to(implementation.device) for name, x in tensors(inputs).items()}
@@ -168,7 +170,7 @@ def test_inputs_may_share_memory(implementation: Implementation, problem: Proble
     return found + same_bits(run(implementation, inputs, flowing, apart), run(implementation, inputs, flowing, alike))
 
 
-@law("5.20", problems=problems(wild=False, most=12, dtypes=("float32",)), needs=["half"])
+@law("5.20", problems=problems(wild=False, most=12, dtypes=("float32",)), needs=["half"], share=SHARE)
 def test_the_same_numbers_in_other_dtypes_give_the_same_results(
     implementation: Implementation, problem: Problem
 ) -> Found:
@@ -193,7 +195,7 @@ def test_the_same_numbers_in_other_dtypes_give_the_same_results(
     return same(expected, narrowed, [name for name in expected if name != "offset"])
 
 
-@law("5.20", problems=ANY)
+@law("5.20", problems=ANY, share=SHARE)
 def test_a_tensor_that_was_changed_in_place_is_read_again(implementation: Implementation, problem: Problem) -> Found:
     first, second = problem.inputs(), replace(problem, seed=problem.seed + 1, lengths=problem.lengths[::-1]).inputs()
     second = replace(second, offset=first.offset)
@@ -226,9 +228,12 @@ def fields_of(start: Any) -> tuple[Tensor, ...]:
     return start.M, start.S, start.anchor, start.offset
 
 
-@law("5.20", problems=problems(wild=False, most=4) | problems(wild=False, most=4, fewest=1).map(
-    lambda problem: replace(problem, lengths=(0,) * problem.sequences)
-))  # fmt: skip
+def without_tokens(problem: Problem) -> Problem:
+    """Return the same problem with sequences of no tokens."""
+    return replace(problem, lengths=(0,) * problem.sequences)
+
+
+@law("5.20", problems=ANY | ANY.map(without_tokens), share=SHARE)
 def test_results_share_no_memory_with_arguments(implementation: Implementation, problem: Problem) -> Found:
     inputs = problem.inputs()
     leaves = {name: x.to(implementation.device) for name, x in tensors(inputs).items()}
@@ -237,11 +242,10 @@ def test_results_share_no_memory_with_arguments(implementation: Implementation, 
         outputs = call(implementation, inputs, leaves)
         for x in outputs.values():
             x.fill_(7)
-    found = same(before, values(leaves))
-    return found or [Comparison("o", 0, oracle=False)]
+    return same(before, values(leaves))
 
 
-@law("5.20", problems=ANY)
+@law("5.20", problems=ANY, share=SHARE)
 def test_other_calls_before_and_between_change_nothing(implementation: Implementation, problem: Problem) -> Found:
     inputs, cotangents = problem.inputs(), problem.cotangents()
     other = replace(problem, seed=problem.seed + 1, C=problem.C + 1, alpha="constant 2^-2", theta="constant 0")
@@ -277,7 +281,7 @@ def surroundings(device: str) -> Iterator[tuple[str, AbstractContextManager[Any]
         yield "stream", torch.cuda.stream(torch.cuda.Stream())  # type: ignore[no-untyped-call]
 
 
-@law("5.20", problems=ANY)
+@law("5.20", problems=ANY, share=SHARE)
 def test_what_is_set_around_a_call_changes_nothing(implementation: Implementation, problem: Problem) -> Found:
     inputs, cotangents = problem.inputs(), problem.cotangents()
     plain = run(implementation, inputs, cotangents)

@@ -95,8 +95,12 @@ class Definition:
     def initial(self, given: Any, N: int, q: Tensor, dtype: torch.dtype) -> State:
         if isinstance(given, State):
             return State(*(x.contiguous() for x in given))
-        M = torch.zeros(N, *q.shape[2:], q.shape[-1], dtype=dtype) if given is None else given.contiguous()
-        return State(M, torch.zeros_like(M), M, torch.zeros(N, dtype=torch.int64))
+        M = (
+            torch.zeros(N, *q.shape[2:], q.shape[-1], dtype=dtype, device=q.device)
+            if given is None
+            else given.to(dtype).contiguous()
+        )
+        return State(M, torch.zeros_like(M), M, torch.zeros(N, dtype=torch.int64, device=q.device))
 
     def sequence(
         self, tokens: list[Tensor], w: Tensor | None, b: Tensor | None, eps: float, C: int,
@@ -113,7 +117,7 @@ class Definition:
             o.append((y if w is None or b is None else y + self.norm(y, eps)[0] * w + b)[:, 0])
         M, S = self.tail(M, S, a, eta, -(offset + T) % C)
         rows = torch.stack(o) if o else tokens[0][:, :, 0]
-        return rows, State(M, S, A, torch.tensor((offset + T) % C))
+        return rows, State(M, S, A, torch.tensor((offset + T) % C, device=M.device))
 
 
 class Half(Definition):
@@ -378,6 +382,140 @@ class AxisMatters(Definition):
             theta * (1 + 2 * torch.finfo(theta.dtype).eps) if theta.ndim == 4 else theta,
             *tensors[4:],
         ]
+
+
+class Scaled(torch.autograd.Function):
+    """The identity, with another gradient."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, scale: Callable[[Tensor], Tensor]) -> Tensor:
+        context.scale = scale
+        return x.clone()
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> Any:
+        return context.scale(gradients[0]), None
+
+
+class GradModeMatters(Definition):
+    """Without gradients the outputs are a bit off."""
+
+    def finish(self, o: Tensor, state: State, tensors: list[Tensor], wanted: bool) -> tuple[Tensor, State]:
+        return o * (1 + (not torch.is_grad_enabled()) * 2 * torch.finfo(o.dtype).eps), state
+
+
+class NeedsEveryGradient(Definition):
+    """Gradients are halved unless q requires one."""
+
+    def finish(self, o: Tensor, state: State, tensors: list[Tensor], wanted: bool) -> tuple[Tensor, State]:
+        return (o if tensors[0].requires_grad else Scaled.apply(o, lambda do: do / 2)), state
+
+
+class HalvesGradientsWithoutState(Definition):
+    """All gradients are halved when no final state is asked for."""
+
+    def finish(self, o: Tensor, state: State, tensors: list[Tensor], wanted: bool) -> tuple[Tensor, State]:
+        return (o if wanted else Scaled.apply(o, lambda do: do / 2)), state
+
+
+class ReadsExpandedCotangents(Definition):
+    """Of an expanded cotangent only the first element is read."""
+
+    def finish(self, o: Tensor, state: State, tensors: list[Tensor], wanted: bool) -> tuple[Tensor, State]:
+        def read(do: Tensor) -> Tensor:
+            if do.numel() < 2 or any(do.stride()):
+                return do
+            return torch.zeros_like(do, memory_format=torch.contiguous_format).flatten().index_fill(
+                0, torch.tensor([0]), float(do.flatten()[0])
+            ).view(do.shape)  # fmt: skip
+
+        return Scaled.apply(o, read), state
+
+
+class SpreadsNaNBackward(Definition):
+    """A sum over the whole cotangent enters times zero."""
+
+    def finish(self, o: Tensor, state: State, tensors: list[Tensor], wanted: bool) -> tuple[Tensor, State]:
+        return Scaled.apply(o, lambda do: do + do.sum() * 0), state
+
+
+class WritesWhatItKept(Definition):
+    """The backward uses up what it kept of the forward."""
+
+    def finish(self, o: Tensor, state: State, tensors: list[Tensor], wanted: bool) -> tuple[Tensor, State]:
+        kept = torch.ones((), dtype=o.dtype)
+
+        def scale(do: Tensor) -> Tensor:
+            scaled = do * kept
+            kept.mul_(2)
+            return scaled
+
+        return Scaled.apply(o, scale), state
+
+
+class ExpandedStateMatters(Definition):
+    """An expanded initial state is a bit off."""
+
+    def initial(self, given: Any, N: int, q: Tensor, dtype: torch.dtype) -> State:
+        state = super().initial(given, N, q, dtype)
+        M = given.M if isinstance(given, State) else given
+        expanded = M is not None and N > 1 and M.stride(0) == 0
+        return state._replace(M=state.M * (1 + expanded * 4 * torch.finfo(dtype).eps))
+
+
+class DtypeMatters(Definition):
+    """1 - alpha is computed in the gates' own dtype, which may be another than that of the inputs."""
+
+    def gates(self, theta: Tensor, alpha: Tensor, eta: Tensor, log_gates: bool, dtype: torch.dtype) -> list[Tensor]:
+        theta, a, eta = super().gates(theta, alpha, eta, log_gates, dtype)
+        return [theta, a if log_gates else (1 - alpha).to(dtype), eta]
+
+
+@dataclass
+class CachesByAddress(Definition):
+    """Values are kept under the address and shape of their tensor."""
+
+    def __post_init__(self) -> None:
+        self.kept: dict[Any, tuple[Tensor, Tensor]] = {}
+
+    def before(self, tensors: list[Tensor]) -> list[Tensor]:
+        v = tensors[2]
+        # The tensor itself is kept, too, so that no other has its address.
+        _, old = self.kept.setdefault((v.data_ptr(), v.shape), (v, v.detach().clone()))
+        return [*tensors[:2], v + (old - v).detach(), *tensors[3:]]
+
+
+class ReturnsItsArgument(Definition):
+    """Without tokens the initial memory is the final one."""
+
+    def finish(self, o: Tensor, state: State, tensors: list[Tensor], wanted: bool) -> tuple[Tensor, State]:
+        return o if o.numel() else tensors[0], state
+
+    def __call__(self, *arguments: Any, **options: Any) -> tuple[Tensor, State | None]:
+        o, state = super().__call__(*arguments, **options)
+        given = arguments[10]
+        if o.numel() or state is None or given is None:
+            return o, state
+        return o, state._replace(M=given.M if isinstance(given, State) else given)
+
+
+@dataclass
+class KeepsGatesOfTheLastCall(Definition):
+    """The backward scales by a number of the latest forward."""
+
+    latest: float = 0.0
+
+    def finish(self, o: Tensor, state: State, tensors: list[Tensor], wanted: bool) -> tuple[Tensor, State]:
+        self.latest = now = float(tensors[0].detach().double().sum())
+        return Scaled.apply(o, lambda do: do if self.latest == now else do / 2), state
+
+
+class DefaultDtypeMatters(Definition):
+    """A constant is made in the default dtype."""
+
+    def finish(self, o: Tensor, state: State, tensors: list[Tensor], wanted: bool) -> tuple[Tensor, State]:
+        third = torch.tensor(1 / 3, device=o.device)
+        return (o * (third * 3).double()).to(o.dtype) if third.dtype == torch.float64 else o * (1 + 2**-9), state
 
 
 class NoEps(Definition):
