@@ -104,7 +104,7 @@ def test_every_chunk_of_a_long_sequence_is_right_from_the_state_before_it(
     return check_pieces(implementation, pieces, alike.cotangents())
 
 
-# Every number is a multiple of a power of two, and none grows in a chunk that has a key no more than once.
+# Integers, with few halvings. With theta = 1, (3) reflects a row of M at its value, and nothing grows.
 EXACT = real_problems(
     D=128, C=256, chunks=3, cells=2**20, sequences=2, memories=("plain",), dtypes=("float32", "float64"),
     theta=st.sampled_from(("constant 2^0", "alternate 2^0 0", "spike 2^0 2^-1 -1", "single 2^0 2^-1 40")),
