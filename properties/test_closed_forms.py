@@ -48,6 +48,13 @@ def test_without_learning_the_memory_only_decays(implementation: Implementation,
 
 # Nothing but the decay is left of the memory: whatever is wrong with the inner gradient, it is not looked at.
 DECAY: dict[str, Any] = {"theta": "constant 0", "initial": ("M",), "most": 12, "wild": False, "log_gates": False}
+
+
+def has_tail(implementation: Implementation, problem: Problem) -> bool:
+    """Whether a sequence ends inside a chunk."""
+    return any((start + T) % problem.C for start, T in zip(problem.starts, problem.lengths, strict=True))
+
+
 MIDDLE = ("2^-1", "2^-2", "2^-3", "1-2^-2")
 
 
@@ -55,6 +62,7 @@ MIDDLE = ("2^-1", "2^-2", "2^-3", "1-2^-2")
     "5.7",
     problems=problems(dtypes=("float32",), C=(2, 3, 4, 7, 8), unit_levels=MIDDLE, gate_dtype="float32", **DECAY),
     needs=["initial_state", "final_state"],
+    about=has_tail,
 )
 def test_the_state_after_a_tail_without_learning_has_decayed_so_far(
     implementation: Implementation, problem: Problem
@@ -103,7 +111,17 @@ def papers_recurrence(problem: Problem) -> Truth:
     return {"o": o, "M": M, "S": S, "anchor": M}
 
 
-@law("5.11", problems=problems(C=(1,), memories=("plain",), most=12, **STATEFUL), needs=["plain", "initial_state"])
+def has_chunks_of_one_token(implementation: Implementation, problem: Problem) -> bool:
+    """Whether every token is a chunk."""
+    return problem.C == 1
+
+
+@law(
+    "5.11",
+    problems=problems(C=(1,), memories=("plain",), most=12, **STATEFUL),
+    needs=["plain", "initial_state"],
+    about=has_chunks_of_one_token,
+)
 def test_chunks_of_one_token_are_the_papers_recurrence(implementation: Implementation, problem: Problem) -> Found:
     inputs = problem.inputs()
     results = run(implementation, inputs)

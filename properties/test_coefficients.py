@@ -17,6 +17,7 @@ from properties.harness.comparing import Found, compare
 from properties.harness.implementations import Implementation
 from properties.harness.laws import law
 from properties.harness.running import run
+from properties.problems.domain import EVERYWHERE, Domain
 from properties.problems.problem import Problem
 from properties.problems.strategies import problems
 
@@ -39,13 +40,14 @@ ONE_CHUNK = one_chunk("float32", "float64") | st.one_of(
 )
 
 
-def unit_vectors(problem: Problem) -> Inputs:
+def unit_vectors(problem: Problem, domain: Domain = EVERYWHERE) -> Inputs:
     """Return a chunk in which o_t holds 2 G_t1 ... 2 G_tT, beta_t and f_t, each the only term of its sum.
 
     Token j has key and value e_j; M_0 and S_0 are e_j^T e_j for two more directions; q is 1 throughout.
     """
     T, H = problem.tokens, problem.H
-    D, dtype = T + 2, problem.compute_dtype
+    # More directions, where the domain has no such width, hold nothing.
+    D, dtype = domain.D.at_least(T + 2), problem.compute_dtype
     rows = torch.eye(D, dtype=dtype)[:T].reshape(1, T, 1, D).expand(1, T, H, D)
     M, S = (torch.zeros(D, dtype=dtype).index_fill(0, torch.tensor(T + i), 1).diag() for i in (0, 1))
     given = problem.inputs()
@@ -68,7 +70,7 @@ def test_every_coefficient_has_a_few_roundings(implementation: Implementation, p
     if not problem.tokens:
         return []
     found: Found = []
-    inputs = unit_vectors(problem)
+    inputs = unit_vectors(problem, implementation.domain)
     results = run(implementation, inputs)
     arithmetic = implementation.arithmetic(inputs)
     for h in range(problem.H):
@@ -77,9 +79,10 @@ def test_every_coefficient_has_a_few_roundings(implementation: Implementation, p
         exact, radius = oracle.coefficients(theta, a, eta), bounds.coefficients_radius(theta, a, eta, arithmetic)
         final = np.concatenate([2 * exact.n[-1], [exact.m[-1]]]), np.concatenate([2 * radius.n[-1], [radius.m[-1]]])
         diagonal = results["S"][0, h].diagonal()
-        momentum = torch.cat([diagonal[: problem.tokens], diagonal[-1:]])
+        T = problem.tokens
+        momentum = torch.cat([diagonal[:T], diagonal[T + 1 : T + 2]])
         found += compare(
-            {"coefficients": results["o"][0, :, h], "momentum": momentum},
+            {"coefficients": results["o"][0, :, h, : T + 2], "momentum": momentum},
             {"coefficients": table(exact), "momentum": final[0]},
             {"coefficients": table(radius), "momentum": final[1]},
             stage="coefficients",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from oracle import Cotangents
-from properties.harness.comparing import Found, bits, compare, radii, same_bits, solved
+from properties.harness.comparing import Found, bits, compare, radii, run_finite, same_bits, solved
 from properties.harness.implementations import Implementation
 from properties.harness.laws import law
 from properties.harness.running import Results, expect, run, tensors
@@ -58,7 +58,7 @@ def storage(x: Tensor) -> bytes:
 
 @law("5.6", "5.15", problems=problems() | WIDE)
 def test_the_same_input_gives_the_same_bits(implementation: Implementation, problem: Problem) -> Found:
-    first = run(implementation, problem.inputs(), problem.cotangents())
+    first = run_finite(implementation, problem.inputs(), problem.cotangents())
     return same_bits(first, run(implementation, problem.inputs(), problem.cotangents()))
 
 
@@ -68,7 +68,7 @@ def test_any_layout_gives_the_same_bits_and_nothing_is_modified(
 ) -> Found:
     inputs, cotangents = problem.inputs(), problem.cotangents()
     given, flowing = {name: bits(x) for name, x in tensors(inputs).items()}, bits(cotangents.o)
-    plain = run(implementation, inputs, cotangents)
+    plain = run_finite(implementation, inputs, cotangents)
     found: Found = []
     for name, x in tensors(inputs).items():
         expect(f"whether {name} is as it was", bits(x) == given[name], True)
@@ -100,7 +100,7 @@ def test_expanded_inputs_give_the_same_bits(implementation: Implementation, prob
     alike = replace(inputs, **tokens)
     whole = {name: x.contiguous() for name, x in tensors(alike).items()}
     expanded = run(implementation, alike, problem.cotangents())
-    return same_bits(run(implementation, alike, problem.cotangents(), whole), expanded)
+    return same_bits(run_finite(implementation, alike, problem.cotangents(), whole), expanded)
 
 
 @law("5.13", problems=problems(most=12, wild=False), share=0.5)
@@ -109,7 +109,7 @@ def test_gates_may_have_a_last_axis(implementation: Implementation, problem: Pro
     leaves = {name: x[..., None] if name in TOKENS[3:] else x for name, x in tensors(inputs).items()}
     with_axis = run(implementation, inputs, cotangents, leaves)
     gates = {name: with_axis[name].squeeze(-1) for gate in TOKENS[3:] if (name := f"d{gate}") in with_axis}
-    return same_bits(run(implementation, inputs, cotangents), with_axis | gates)
+    return same_bits(run_finite(implementation, inputs, cotangents), with_axis | gates)
 
 
 @law("5.13", problems=problems(most=12), needs=["final_state"], share=0.5)
@@ -122,7 +122,7 @@ def test_asking_for_the_final_state_changes_no_output(implementation: Implementa
         without["o"] = o.cpu()
         return implementation.call(*arguments, **options)
 
-    o = run(replace(implementation, call=both), problem.inputs())["o"]
+    o = run_finite(replace(implementation, call=both), problem.inputs())["o"]
     return same_bits({"o": o}, without)
 
 
@@ -145,6 +145,6 @@ def fresh_memory(fill: bool) -> Iterator[None]:
 def test_results_do_not_depend_on_uninitialised_memory(implementation: Implementation, problem: Problem) -> Found:
     def results(fill: bool) -> Results:
         with fresh_memory(fill):
-            return run(implementation, problem.inputs(), problem.cotangents())
+            return run_finite(implementation, problem.inputs(), problem.cotangents())
 
     return same_bits(results(False), results(True))

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from oracle import Inputs
-from properties.harness.comparing import Comparison, Found, answer, check, compare, radii, same, solved
+from properties.harness.comparing import Comparison, Found, answer, check, compare, radii, run_finite, same, solved
 from properties.harness.implementations import Implementation
-from properties.harness.laws import law
+from properties.harness.laws import has_wide_range, law
 from properties.harness.running import Results, expect, run
 from properties.harness.subcalls import TOKENS, Part
 from properties.problems.problem import Problem
@@ -109,7 +109,7 @@ def test_later_tokens_change_no_earlier_output(implementation: Implementation, p
         return torch.where(earlier.reshape(*earlier.shape, *[1] * (x.ndim - 2)), x, y)
 
     tokens: dict[str, Any] = {name: mixed(getattr(inputs, name), getattr(others, name)) for name in TOKENS}
-    before, after = run(implementation, inputs), run(implementation, replace(inputs, **tokens))
+    before, after = run_finite(implementation, inputs), run(implementation, replace(inputs, **tokens))
     return same({"o": before["o"][earlier]}, {"o": after["o"][earlier]})
 
 
@@ -136,7 +136,7 @@ def test_what_is_not_finite_stays_in_its_sequence_and_head(implementation: Imple
         return []
     t = problem.splits[0] % problem.lengths[n]
     inputs, cotangents = problem.inputs(), problem.cotangents()
-    clean = run(implementation, inputs, cotangents)
+    clean = run_finite(implementation, inputs, cotangents)
     dirty = run(implementation, poisoned(problem, n, t, h), cotangents)
     # The gradients of w and b are sums over the sequences of a head.
     clean.pop("offset", None)
@@ -168,20 +168,27 @@ def test_what_is_not_finite_is_not_hidden(implementation: Implementation, proble
     # By (2) to (5) the output is no number with it, where that is none, and beyond all bounds where that is infinite.
     o = run(implementation, poisoned(problem, n, t, h))["o"][row, begin + t, h]
     expect("whether the output of a token that is not finite is finite", bool(o.isfinite().all()), False)
-    return [Comparison("o", o.numel(), oracle=False)]
+    return [Comparison("o", int((~o.isfinite()).sum()), oracle=False)]
 
 
-@law("4.1", problems=BOUNDED, share=2)
+def is_bounded(implementation: Implementation, problem: Problem) -> bool:
+    """Whether no output overflows: in float16 those of a wide head might."""
+    return problem.D <= 8 or has_wide_range(implementation, problem)
+
+
+@law("4.1", problems=BOUNDED, share=2, about=is_bounded)
 def test_finite_inputs_give_finite_results(implementation: Implementation, problem: Problem) -> Found:
     # However many chunks there are.
-    short = replace(problem, C=1, offsets=(0,) * len(problem.offsets))
+    C = implementation.domain.C.nearest(1)
+    short = replace(problem, C=C, offsets=(0,) * len(problem.offsets))
     return check_finite(run(implementation, short.inputs()))
 
 
-@law("4.1", "5.8", problems=SWITCHED, needs=["backward"])
+@law("4.1", "5.8", problems=SWITCHED, needs=["backward"], about=has_wide_range)
 def test_gates_of_zero_give_finite_gradients(implementation: Implementation, problem: Problem) -> Found:
     # A single chunk, since a gradient may grow a million times from one to the next.
     single = replace(problem, C=max(1, *problem.lengths), offsets=(0,) * len(problem.offsets))
+    single = implementation.domain.nearest(single)
     return check_finite(run(implementation, single.inputs(), single.cotangents()))
 
 

@@ -9,7 +9,7 @@ from properties.harness.comparing import Found, check_inputs, same
 from properties.harness.implementations import Implementation
 from properties.harness.laws import law
 from properties.harness.running import STATE, Results, run
-from properties.harness.subcalls import TOKENS, chain, resumed, segment, spans, stepping
+from properties.harness.subcalls import TOKENS, chain, places, resumed, segment, spans, stepping
 from properties.problems.problem import Problem
 from properties.problems.strategies import problems, split
 
@@ -48,12 +48,6 @@ def check_chain(implementation: Implementation, problem: Problem, splits: Sequen
     # Not their sum: autograd adds the gradients of single tokens, which may cancel, in an order of its own.
     wanted |= {name: torch.stack([part[name] for part in segments]) for name in ("dw", "db") if name in through}
     return found + same(wanted, through)
-
-
-def places(implementation: Implementation, problem: Problem) -> tuple[int, ...]:
-    """Return where to split: between chunks, for an implementation that resumes there only."""
-    anywhere = "offset" in implementation.claims
-    return tuple(n if anywhere else n - n % problem.C for n in problem.splits)
 
 
 def is_split_inside(implementation: Implementation, problem: Problem) -> bool:

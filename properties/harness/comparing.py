@@ -44,6 +44,12 @@ class Comparison:
         See `stage`; "" where bounds are not measured.
     oracle : bool
         Whether it is a comparison with the oracle; otherwise with another run.
+    empty, zero : bool
+        Whether some finite radius is above the largest exact value; whether all exact values are 0.
+    unjudged : int
+        The elements without a verdict.
+    heads : float
+        The share of heads that are more than twice as far off as the definition.
     """
 
     result: str
@@ -56,6 +62,10 @@ class Comparison:
     narrow: bool = False
     stage: str = ""
     oracle: bool = True
+    empty: bool = False
+    zero: bool = False
+    unjudged: int = 0
+    heads: float = 0.0
 
 
 # The comparisons of one example.
@@ -98,6 +108,7 @@ def answer(implementation: Implementation, problem: Problem, gradients: bool = T
     """Return all results for a problem, and how they compare with the oracle's answer."""
     gradients = gradients and "backward" in implementation.claims
     inputs, cotangents = problem.inputs(), problem.cotangents() if gradients else None
+    implementation.require(inputs)
     return check_against(solved(problem, gradients), implementation, inputs, cotangents)
 
 
@@ -105,6 +116,7 @@ def check_inputs(
     implementation: Implementation, inputs: Inputs, cotangents: Cotangents | None
 ) -> tuple[Results, Found]:
     """Do as `answer`, for inputs that are not directly those of a problem."""
+    implementation.require(inputs)
     return check_against(truth(inputs, cotangents), implementation, inputs, cotangents)
 
 
@@ -196,7 +208,16 @@ def compare_one(
     clear = size.max() / 2 >= np.where(radius < math.inf, radius, 0).max()
     unsure = is_unsure(actual.dtype, size, radius)
     right = bool(within.all())
-    found = Comparison(name, actual.numel(), float(ratio[worst]), ulps if clear or not right else 0.0, unsure)
+    found = Comparison(
+        name,
+        actual.numel(),
+        float(ratio[worst]),
+        ulps if clear or not right else 0.0,
+        unsure,
+        empty=bool(0 < size.max() < np.where(radius < math.inf, radius, 0).max()),
+        zero=not size.any(),
+        unjudged=int((~measurable).sum()),
+    )
     return found, "" if right else (
         f"{name}[{', '.join(map(str, worst))}] is wrong\n"
         f"    exact  {context.nstr(exactly[worst], 20)}\n"
@@ -206,6 +227,18 @@ def compare_one(
         f"    ratio  {ratio[worst]:.6g}\n"
         f"    dtype  {actual.dtype}, {(~within).sum()} of {within.size} elements are wrong"
     )
+
+
+def run_finite(
+    implementation: Implementation, inputs: Inputs, cotangents: Cotangents | None = None, leaves: Results | None = None
+) -> Results:
+    """Do as `run`, and raise unless every number is finite, where every radius is."""
+    results = run(implementation, inputs, cotangents, leaves)
+    radius = radii(implementation, inputs, cotangents)
+    if all(np.isfinite(radius[name]).all() for name in results if name in radius):
+        for name, x in results.items():
+            expect(f"whether {name} is finite", bool(x.isfinite().all()), True)
+    return results
 
 
 def in_ulps(error: float, size: float, dtype: torch.dtype) -> float:

@@ -25,16 +25,25 @@ class Facts:
         have half precision; where every number had to be finite; where every bit had to be right.
     error, ratio : float
         The worst error in ulps of the largest number of its result, and the worst error / bound.
+    heads : float
+        The largest share of heads, of one result, that are more than twice as far off as the definition.
     result, problem : str
         The result that has the worst ratio, and the problem, as JSON.
     tightness : dict
         The worst error / bound of each result, by "memory stage result"; in the ratchet, error / stored error.
     worst : dict
         The worst error in ulps with its problem, by "law dtype"; ill-conditioned examples left out.
+    said : dict
+        By result: the comparisons with the oracle; those with some radius above the largest exact value, and those with
+        exact values that are all 0; the elements, and those without a verdict.
     failing_call : int
         Which call failed first; 0: none.
     failing_problem, message, replay : str
         The smallest problem that fails, its error, and the command that replays it.
+    refused, outside : int, str
+        The calls for which the law cannot be stated inside the implementation's domain, and the reason for the last.
+    sizes : dict
+        The calls in which something was compared, by "D C".
     """
 
     calls: int = 0
@@ -47,14 +56,19 @@ class Facts:
     exact: int = 0
     error: float = 0.0
     ratio: float = 0.0
+    heads: float = 0.0
     result: str = ""
     problem: str = ""
     tightness: Mapping[str, float] = field(default_factory=dict)
     worst: Mapping[str, tuple[float, str]] = field(default_factory=dict)
+    said: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     failing_call: int = 0
     failing_problem: str = ""
     message: str = ""
     replay: str = ""
+    refused: int = 0
+    outside: str = ""
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the facts by name."""
@@ -75,10 +89,12 @@ class Facts:
         seen, unsure = bool(judged), any(one.ill_conditioned for one in judged)
         measured = [one for one in judged if not one.narrow]
         error, widest = worst_error(found), max(measured, key=lambda one: one.ratio, default=None)
+        compared, size = any(one.elements for one in found), f"{problem.D} {problem.C}"
         now = replace(
             self,
+            sizes={**self.sizes, size: self.sizes.get(size, 0) + 1} if compared else self.sizes,
             calls=self.calls + 1,
-            compared=self.compared + any(one.elements for one in found),
+            compared=self.compared + compared,
             examples=self.examples + seen,
             ill_conditioned=self.ill_conditioned + unsure,
             half=self.half + (seen and half),
@@ -86,6 +102,7 @@ class Facts:
             finite=self.finite + (seen and all(one.finite for one in judged)),
             exact=self.exact + any(one.exact for one in judged),
             error=max(self.error, error),
+            heads=max(self.heads, *(one.heads for one in found), 0.0),
         )
         if widest and widest.ratio > now.ratio:
             now = replace(now, ratio=widest.ratio, result=widest.result, problem=problem.to_json())
@@ -96,7 +113,16 @@ class Facts:
         for one in (one for one in measured if one.stage):
             name = f"{one.stage} {one.result}"
             ratios[name] = max(one.ratio, ratios.get(name, 0.0))
-        return replace(now, tightness=ratios)
+        return replace(now, tightness=ratios, said=added(self.said, judged))
+
+
+def added(said: Mapping[str, tuple[int, ...]], judged: Found) -> dict[str, tuple[int, ...]]:
+    """Return how much some comparisons with the oracle say, added to the same of others; see `Facts.said`."""
+    total = dict(said)
+    for one in judged:
+        now = 1, int(one.empty), int(one.zero), one.elements, one.unjudged
+        total[one.result] = tuple(x + y for x, y in zip(total.get(one.result, (0,) * len(now)), now, strict=True))
+    return total
 
 
 def worst_error(found: Found) -> float:
@@ -137,6 +163,15 @@ class Recorder:
             replay=self.replay(problem),
         )
 
+    def outside(self, reason: str) -> None:
+        """Note that the next example asks for a call outside the implementation's domain."""
+        self.facts = replace(self.facts, refused=self.facts.refused + 1, outside=reason)
+
+    @property
+    def unclaimed(self) -> str:
+        """The reason why the law cannot be stated inside the implementation's domain, where it never was."""
+        return "" if self.facts.compared or self.facts.failing_call else self.facts.outside
+
     def ended(self, error: BaseException) -> None:
         """Note how a test ended, unless a law has said so."""
         self.facts = replace(self.facts, message=self.facts.message or f"{type(error).__name__}: {error}")
@@ -171,6 +206,8 @@ class Verdict(Facts):
         Of `SPEC.md`.
     lacking : tuple of str
         The claims without which the law says nothing.
+    domain : str
+        Where the implementation is defined, if not everywhere.
     """
 
     test: str
@@ -180,3 +217,4 @@ class Verdict(Facts):
     device: str = "cpu"
     sections: tuple[str, ...] = ()
     lacking: tuple[str, ...] = ()
+    domain: str = ""

@@ -4,6 +4,7 @@ import functools
 import importlib
 import warnings
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from oracle import Inputs, bounds
 from properties.harness.implementations import CLAIMS, Implementation, chosen
+from properties.problems.domain import EVERYWHERE, Domain
 
 # Claims, each with those that it needs.
 IMPLIED = {
@@ -32,7 +34,13 @@ class State(NamedTuple):
     offset: Tensor
 
 
-def foreign(target: str, device: str, lacks: Collection[str] | None = None) -> Implementation:
+def foreign(
+    target: str,
+    device: str,
+    lacks: Collection[str] | None = None,
+    domain: str | None = None,
+    operands: str | None = None,
+) -> Implementation:
     """Return any callable with the signature of `titans.chunk_titans_linear` as an implementation.
 
     Parameters
@@ -41,10 +49,11 @@ def foreign(target: str, device: str, lacks: Collection[str] | None = None) -> I
         `package.module:callable`. Attributes of the callable say the rest: `lacks`, an iterable of claims; `state`,
         which makes its initial state of M, S, anchor and offset (without it, the type of its final state does); `step`,
         with the signature of `titans.titans_linear_step`; `log_space`, whether it keeps coefficients in logs: True,
-        False, or a function of the call, an `oracle.Inputs`.
+        False, or a function of the call, an `oracle.Inputs`; `domain`, a `Domain` or its text; `operands`, "inputs" if
+        it rounds the operands of products to the dtype of q.
     device : str
-    lacks : collection of str or None
-        Instead of the callable's own `lacks`.
+    lacks, domain, operands : collection of str, str, str, or None
+        Instead of the callable's own.
 
     Returns
     -------
@@ -53,7 +62,7 @@ def foreign(target: str, device: str, lacks: Collection[str] | None = None) -> I
     Raises
     ------
     ValueError
-        If there is no such callable, or no such claim.
+        If there is no such callable, claim, domain or arithmetic, or if the domain lacks the device.
     """
     import titans
 
@@ -63,12 +72,14 @@ def foreign(target: str, device: str, lacks: Collection[str] | None = None) -> I
         raise ValueError(
             f"missing claims must be among {', '.join(sorted(OPTIONAL))}, got {', '.join(sorted(unknown))}"
         )
+    region, narrow = where(function, device, domain), has_operands_of_inputs(function, operands)
+    lacking |= region.lacks
     log_space, step = getattr(function, "log_space", False), getattr(function, "step", None)
     # A function of the call may keep `exact`: numbers fit where gates are linear.
     lacking |= {"batch_invariant"} | ({"exact"} if log_space is True else set()) | (set() if step else {"step"})
     for claim, without in IMPLIED.items():
         lacking |= {claim} if without & lacking else set()
-    own, adapter = function is titans.chunk_titans_linear, Adapter(function, frozenset(lacking))
+    own, adapter = function is titans.chunk_titans_linear, Adapter(function, frozenset(lacking), region)
     return Implementation(
         name=target,
         call=adapter,
@@ -76,13 +87,36 @@ def foreign(target: str, device: str, lacks: Collection[str] | None = None) -> I
         state=State,
         claims=CLAIMS - lacking,
         device=device,
-        arithmetic=functools.partial(chosen, device) if own else functools.partial(declared, log_space),
+        arithmetic=functools.partial(chosen, device) if own else functools.partial(declared, log_space, narrow),
+        domain=region,
     )
 
 
-def declared(log_space: bool | Callable[[Inputs], bool], inputs: Inputs) -> bounds.ErrorModel:
+def where(function: Callable[..., Any], device: str, domain: str | None) -> Domain:
+    """Return the domain that a callable has, or that is said instead of it; it must have the device."""
+    given = getattr(function, "domain", EVERYWHERE) if domain is None else domain
+    region = given if isinstance(given, Domain) else Domain.parse(given)
+    if region.device and device not in region.device:
+        raise ValueError(f"a device must be in the domain {region}, got {device}")
+    return region
+
+
+def has_operands_of_inputs(function: Callable[..., Any], operands: str | None) -> bool:
+    """Whether a callable says that it rounds operands of products to the dtype of q, or someone says so."""
+    given = getattr(function, "operands", "") if operands is None else operands
+    if given not in ("", "inputs"):
+        raise ValueError(f"operands must be inputs, or nothing, got {given!r}")
+    return bool(given)
+
+
+def declared(log_space: bool | Callable[[Inputs], bool], operands_of_inputs: bool, inputs: Inputs) -> bounds.ErrorModel:
     """Return the arithmetic of a call in which a callable says that it keeps coefficients as logs, or not."""
-    return bounds.arithmetic_for(inputs.q.dtype, log_space=log_space(inputs) if callable(log_space) else log_space)
+    dtype, logs = inputs.q.dtype, log_space(inputs) if callable(log_space) else log_space
+    if operands_of_inputs and dtype.itemsize == 2:
+        # The arithmetic of tensor cores, without the blocks of several chunks of this repository's kernels.
+        cores = bounds.kernel_arithmetic(dtype, inputs.q.shape[-1], tensor_cores=True)
+        return replace(cores, block=0, log_space=logs)
+    return bounds.arithmetic_for(dtype, log_space=logs)
 
 
 def load(target: str) -> Callable[..., Any]:
@@ -110,10 +144,11 @@ class Adapter:
     function : callable
     lacking : frozenset of str
         Claims.
+    domain : Domain
     """
 
-    def __init__(self, function: Callable[..., Any], lacking: frozenset[str]) -> None:
-        self.function, self.lacking = function, lacking
+    def __init__(self, function: Callable[..., Any], lacking: frozenset[str], domain: Domain = EVERYWHERE) -> None:
+        self.function, self.lacking, self.domain = function, lacking, domain
         self.state: Callable[..., Any] | None = getattr(function, "state", None)
         if "final_state" in lacking:
             self.state = self.state or State
@@ -142,7 +177,9 @@ class Adapter:
     def step(self, *arguments: Any, **options: Any) -> Any:
         """Call its step, of one token, with states of the same type."""
         *tensors, state, eps, chunk_size = arguments
-        rows = [x if i in (3, 4) else x[:, None] for i, x in enumerate(tensors)]
+        # As many tokens as the callable itself takes, to see the type of its state.
+        T = self.domain.T.nearest(1, chunk_size)
+        rows = [x if i in (3, 4) else x[:, None].expand(-1, T, *x.shape[1:]) for i, x in enumerate(tensors)]
         state = self.initial(state, *rows, eps=eps, chunk_size=chunk_size, **options)
         o, final = self.function.step(*tensors, state, eps, chunk_size, **options)  # type: ignore[attr-defined]
         return o, final_state(final)

@@ -9,6 +9,7 @@ import torch
 
 from oracle import Inputs, bounds
 from properties.harness.workarounds import patch_once
+from properties.problems.domain import EVERYWHERE, Domain, OutsideDomain
 
 BACKENDS = ("recurrent", "chunk", "log", "triton")
 DEFAULT = "recurrent,chunk,log,triton"
@@ -48,6 +49,8 @@ class Implementation:
         Of a call, an `Inputs`: the error model of its arithmetic there, from which the bounds follow.
     share : float
         Of the profile's number of examples: slow ones get fewer.
+    domain : Domain
+        Where it is defined: nothing outside is ever called.
     """
 
     name: str
@@ -58,12 +61,18 @@ class Implementation:
     device: str = "cpu"
     arithmetic: Callable[[Inputs], bounds.ErrorModel] = lambda inputs: bounds.arithmetic_for(inputs.q.dtype)
     share: float = 1.0
+    domain: Domain = EVERYWHERE
 
     @property
     def left(self) -> tuple[str, ...]:
         """The parts of a final state that it answers for, by its claims."""
         names = {"final_state": ("M",), "resume": ("S",), "offset": ("anchor", "offset")}
         return tuple(name for claim, of in names.items() if claim in self.claims for name in of)
+
+    def require(self, inputs: Inputs) -> None:
+        """Raise OutsideDomain unless a call is inside its domain: no other is made."""
+        if objection := self.domain.objection(inputs):
+            raise OutsideDomain(objection)
 
     def __repr__(self) -> str:
         """Show the name alone in reports."""

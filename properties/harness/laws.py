@@ -20,11 +20,14 @@ from properties.harness.crash_isolation import DeviceLost, is_fatal
 from properties.harness.facts import Recorder, unsettled
 from properties.harness.implementations import Implementation
 from properties.harness.workarounds import with_room
+from properties.problems.domain import EVERYWHERE, OutsideDomain
 from properties.problems.problem import HALF, Problem
 
 Law = Callable[[Implementation, Problem], Found]
 About = Callable[[Implementation, Problem], bool]
 Test = Callable[[Implementation], None]
+# After so many problems for none of which a law can be stated, there is none inside a domain.
+REFUSALS = 40
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,8 @@ class Property:
         Of the profile's number of examples.
     about : callable
         Whether a problem exercises the law: one that Hypothesis invents and that does not is rejected.
+    any_size : bool
+        Whether it is made for large problems: where a domain has no others, it has its examples all the same.
     """
 
     law: Law
@@ -49,6 +54,7 @@ class Property:
     needs: frozenset[str]
     share: float
     about: About = lambda implementation, problem: True
+    any_size: bool = False
 
     @property
     def name(self) -> str:
@@ -62,7 +68,8 @@ class Property:
         ----------
         implementation : Implementation
         problem : Problem
-            The parts that the implementation does not claim are left out.
+            The parts that the implementation does not claim are left out. Nothing is compared where the law cannot be
+            stated inside its domain.
         recorder : Recorder or None
             Counts the example.
         """
@@ -75,6 +82,9 @@ class Property:
                 raise TypeError(f"a law must return its comparisons, got {found!r} of {self.name}")
         except HypothesisException:
             raise
+        except OutsideDomain as refused:
+            found = []
+            recorder.outside(str(refused))
         except oracle.Unsettled as error:
             found = unsettled(error)
         except Exception as error:
@@ -89,20 +99,26 @@ class Property:
             recorder.example(self.name, problem, found, half)
         return found
 
-    def exercised(self, implementation: Implementation, problem: Problem) -> bool:
-        """Whether the law is about a problem, without the parts that the implementation does not claim."""
-        return self.about(implementation, problem.restricted(implementation.claims))
+    def posed(self, implementation: Implementation, problem: Problem) -> Problem | None:
+        """Return the most similar problem of an implementation's claims and domain; None if it exercises nothing."""
+        nearest = implementation.domain.nearest(problem.restricted(implementation.claims))
+        return nearest if self.about(implementation, nearest) else None
 
     def test(self, recorder: Recorder | None = None, share: float = 1.0, **options: Any) -> Test:
         """Return the law as a test of problems that Hypothesis invents, with these settings.
 
         A problem that the law is not about is rejected, and Hypothesis draws another.
         """
+        recorder, refused = recorder or Recorder(), 0
 
         @functools.wraps(self.law)
         def checked(implementation: Implementation, problem: Problem) -> None:
-            found = self.check(implementation, problem, recorder) if self.exercised(implementation, problem) else []
+            nonlocal refused
+            posed = self.posed(implementation, problem)
+            found = self.check(implementation, posed, recorder) if posed else []
             if not found:
+                refused += 1
+                give_up(implementation, recorder, refused)
                 reject()
             drive_to_the_worst(found)
 
@@ -133,6 +149,7 @@ def law(
     needs: Iterable[str] = (),
     share: float = 1.0,
     about: About = Property.about,
+    any_size: bool = False,
 ) -> Callable[[Law], Test]:
     """Make a property of a function of an implementation and a problem.
 
@@ -143,16 +160,29 @@ def law(
     problems : strategy of Problem
     needs : iterable of str
         Claims without which the law says nothing.
-    share, about
+    share, about, any_size
         See `Property`.
     """
 
     def decorate(function: Law) -> Test:
-        found = Property(function, problems, frozenset(needs), share, about)
+        found = Property(function, problems, frozenset(needs), share, about, any_size)
         PROPERTIES[found.name] = found
         return pytest.mark.law(*numbers, needs=found.needs)(found.test())
 
     return decorate
+
+
+def has_wide_range(implementation: Implementation, problem: Problem) -> bool:
+    """Whether the format of the inputs has the range of float32 or more."""
+    return problem.dtype != "float16"
+
+
+def give_up(implementation: Implementation, recorder: Recorder, refused: int) -> None:
+    """Skip a law for which no problem was found inside the domain of an implementation."""
+    if refused >= REFUSALS and implementation.domain != EVERYWHERE and not recorder.facts.compared:
+        if not recorder.unclaimed:
+            recorder.outside(f"no problem inside {implementation.domain} exercises it")
+        pytest.skip(recorder.unclaimed)
 
 
 def drive_to_the_worst(found: Found) -> None:

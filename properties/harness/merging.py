@@ -11,7 +11,9 @@ from properties.harness.facts import Verdict
 from properties.harness.ledger import ORDER
 from properties.harness.sharding import Shard
 
-COUNTS = ("calls", "compared", "examples", "ill_conditioned", "half", "half_ill_conditioned", "finite", "exact")
+COUNTS = (
+    "calls", "compared", "examples", "ill_conditioned", "half", "half_ill_conditioned", "finite", "exact", "refused",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ def verdict(fields: dict[str, Any]) -> Verdict:
     tightness = {name: float(x) for name, x in fields["tightness"].items()}
     worst = {name: (float(error), problem) for name, (error, problem) in fields["worst"].items()}
     lists = {name: tuple(fields[name]) for name in ("sections", "lacking")}
-    return Verdict(**fields | numbers | lists | {"tightness": tightness, "worst": worst})
+    said = {name: tuple(counts) for name, counts in fields["said"].items()}
+    return Verdict(**fields | numbers | lists | {"tightness": tightness, "worst": worst, "said": said})
 
 
 def merge(runs: Sequence[Run]) -> list[Verdict]:
@@ -104,6 +107,12 @@ def together(rows: Sequence[Verdict]) -> Verdict:
     # What no shard draws, every shard runs whole.
     total = max if rows[0].law in report.REPLAYED else sum
     counts = {name: total(getattr(row, name) for row in rows) for name in COUNTS}
+    said: dict[str, tuple[int, ...]] = {}
+    for name in dict.fromkeys(name for row in rows for name in row.said):
+        counted = [row.said[name] for row in rows if name in row.said]
+        said[name] = tuple(total(numbers) for numbers in zip(*counted, strict=True))
+    sizes = dict.fromkeys((size for row in rows for size in row.sizes), 0)
+    sizes = {size: total(row.sizes.get(size, 0) for row in rows) for size in sizes}
     # A law fails where it fails in one shard.
     first = min(rows, key=lambda row: ORDER.index(row.verdict))
     widest = max(rows, key=lambda row: row.ratio)
@@ -116,5 +125,6 @@ def together(rows: Sequence[Verdict]) -> Verdict:
             tightness[name] = max(ratio, tightness.get(name, 0.0))
     return replace(
         first, **counts, error=max(row.error for row in rows), ratio=widest.ratio, result=widest.result,
-        problem=widest.problem, worst=worst, tightness=tightness,
+        problem=widest.problem, worst=worst, tightness=tightness, said=said, sizes=sizes,
+        heads=max(row.heads for row in rows),
     )  # fmt: skip

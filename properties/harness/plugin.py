@@ -28,6 +28,8 @@ LEDGER = pytest.StashKey[Ledger]()
 SHARD = pytest.StashKey[sharding.Shard | None]()
 SUBJECTS = pytest.StashKey[dict[str, Implementation]]()
 OPTIONS = pytest.StashKey[Sequence[tuple[str, str]]]()
+# What the command line says of `--impl`, instead of the callable itself.
+DECLARED = ("--impl-lacks", "--impl-domain", "--impl-operands")
 RECORDER = pytest.StashKey[Recorder]()
 
 
@@ -38,12 +40,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--backends", default=DEFAULT, help=f"which of {','.join(BACKENDS)} to verify ({DEFAULT})")
     group.addoption("--impl", metavar="MODULE:CALLABLE", help="verify this instead of the backends")
     group.addoption("--impl-lacks", metavar="CLAIMS", help="missing claims, instead of its own `lacks`")
+    group.addoption("--impl-domain", metavar="RULES", help="where it is defined, such as 'D=64,128 C=64 T%%C=0'")
+    group.addoption("--impl-operands", metavar="DTYPE", help="inputs: it rounds operands of products to q's dtype")
     group.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where the implementations run (cpu)")
     group.addoption("--shard", metavar="I/N", help="check the I-th of N shares of the examples of a run")
     group.addoption("--replay", metavar="PROBLEM", help="run the selected laws on this problem alone: JSON or a file")
     group.addoption("--verdicts", metavar="FILE", type=Path, help="write the verdict on each law as JSON")
     group.addoption("--reports-to", metavar="FILE", help=argparse.SUPPRESS)
-    group.addoption("--update-ratchet", action="store_true", help="store the worst errors of this run")
+    group.addoption("--update-ratchet", action="store_true", help="store the worst errors of this run, none larger")
+    group.addoption("--raise-ratchet", action="store_true", help="store the worst errors of this run, larger ones too")
     group.addoption("--save-failures", action="store_true", help="write each failure's problem into fixtures/")
 
 
@@ -73,7 +78,7 @@ def pytest_configure(config: pytest.Config) -> None:
     else:
         # Without it cuBLAS refuses to be deterministic.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    named = {"--backends": DEFAULT, "--impl": None, "--impl-lacks": None, "--device": "cpu"}
+    named = {"--backends": DEFAULT, "--impl": None, **dict.fromkeys(DECLARED), "--device": "cpu"}
     values = {name: config.getoption(name) for name in named}
     config.stash[OPTIONS] = tuple((name, values[name]) for name in named if values[name] != named[name])
     crash_isolation.spread(config.getoption("--device"))
@@ -103,16 +108,17 @@ def repeated(config: pytest.Config) -> list[str]:
 
 def subjects(config: pytest.Config) -> dict[str, Implementation]:
     """Return by name the implementations that the options name."""
-    target, lacks, device = (config.getoption(name) for name in ("--impl", "--impl-lacks", "--device"))
+    target, device = config.getoption("--impl"), config.getoption("--device")
+    lacks, domain, operands = said = tuple(config.getoption(name) for name in DECLARED)
     if target is None:
-        if lacks is not None:
-            raise ValueError("--impl-lacks needs --impl")
+        if missing := [name for name, value in zip(DECLARED, said, strict=True) if value is not None]:
+            raise ValueError(f"{' and '.join(missing)} needs --impl")
         names = config.getoption("--backends").split(",")
         return {name: implementations.implementation(name, device) for name in names}
     if config.getoption("--backends") != DEFAULT:
         raise ValueError("--impl and --backends exclude each other")
     lacking = None if lacks is None else [claim for claim in lacks.split(",") if claim]
-    return {target: foreign(target, device, lacking)}
+    return {target: foreign(target, device, lacking, domain, operands)}
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -120,6 +126,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     backend, subjects = mpmath.libmp.BACKEND, config.stash[SUBJECTS]
     about = "" if config.getoption("--impl") else "backends "
     claims = [f"titans: not claimed: {', '.join(sorted(CLAIMS - x.claims))}" for x in subjects.values()]
+    claims += [f"titans: defined for {x.domain}" for x in subjects.values() if str(x.domain)]
     return [
         f"titans: python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}, "
         f"mpmath {mpmath.__version__} ({backend}), hypothesis {hypothesis.__version__}",
@@ -150,7 +157,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         item.stash[RECORDER] = recorder = Recorder(item.nodeid, config.stash[OPTIONS])
         if not isinstance(item, pytest.Function) or (law := PROPERTIES.get(item.originalname)) is None:
             continue
-        share = subject(item).share
+        implementation = subject(item)
+        share = implementation.share * (1.0 if law.any_size else implementation.domain.share)
         if problem:
             item.obj = law.replay(problem, recorder)
         elif shard:
@@ -197,6 +205,7 @@ def about(item: pytest.Item) -> dict[str, Any]:
         "device": verified.device if verified else "",
         "sections": list(mark.args) if mark else [],
         "lacking": sorted(needs - verified.claims) if verified else [],
+        "domain": str(verified.domain) if verified else "",
     }
 
 
@@ -210,7 +219,10 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
     """Keep the facts of the test."""
     recorder = item.stash[RECORDER]
     try:
-        return (yield)
+        result = yield
+        if recorder.unclaimed:
+            pytest.skip(recorder.unclaimed)
+        return result
     except Exception as error:
         recorder.ended(error)
         found, saving = recorder.facts.failing_problem, item.config.getoption("--save-failures")
@@ -250,8 +262,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     ledger = config.stash[LEDGER]
     ledger.complete(config)
     session.exitstatus = session.exitstatus or ledger.exit_status
-    if config.getoption("--update-ratchet"):
-        ratchet.update(ledger.verdicts)
+    raising = config.getoption("--raise-ratchet")
+    if raising or config.getoption("--update-ratchet"):
+        ratchet.update(ledger.verdicts, raising)
     if path := config.getoption("--verdicts"):
         about = {
             "about": pytest_report_header(config),

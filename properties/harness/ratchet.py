@@ -31,8 +31,8 @@ def measured(row: Verdict) -> Cases:
     return {key: case for key, case in row.worst.items() if math.isfinite(case[0])}
 
 
-def update(verdicts: list[Verdict]) -> None:
-    """Store the worst cases of this run, the replayed ones as they are now, in place of the stored ones."""
+def update(verdicts: list[Verdict], raising: bool = False) -> None:
+    """Store the worst cases of this run in place of the stored ones; larger errors only where `raising`."""
     stored = read()
     seen: dict[str, Cases] = {}
     for row in verdicts:
@@ -40,7 +40,9 @@ def update(verdicts: list[Verdict]) -> None:
         for key, (error, problem) in measured(row).items():
             cases[key] = max(cases.get(key, (0.0, "")), (error, problem))
     for name, cases in seen.items():
-        stored[name] = stored.get(name, {}) | cases
+        before = stored.get(name, {})
+        kept = {key: case for key, case in before.items() if not raising and case[0] < cases.get(key, case)[0]}
+        stored[name] = before | cases | kept
     content = {
         name: {key: {"error": error, "problem": json.loads(problem)} for key, (error, problem) in sorted(cases.items())}
         for name, cases in sorted(stored.items())

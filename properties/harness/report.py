@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -31,7 +32,7 @@ def read(
     if not facts.get("implementation"):
         return None
     lists = {name: tuple(facts.get(name, ())) for name in ("sections", "lacking")}
-    lists["lacking"] = lists["lacking"] or lacking
+    lists["lacking"] = lists["lacking"] or (() if facts.get("outside") else lacking)
     return Verdict(**facts | lists | {"test": test, "verdict": outcome})
 
 
@@ -62,8 +63,9 @@ def table(verdicts: list[Verdict]) -> list[str]:
         if passed:
             lines.append(line(law, "pass", passed))
         for implementation in dict.fromkeys(row.implementation for row in unclaimed):
-            lacking = next(row.lacking for row in unclaimed if row.implementation == implementation)
-            lines.append(f"  {shown(law):70} not claimed  {implementation} lacks {', '.join(lacking)}")
+            row = next(row for row in unclaimed if row.implementation == implementation)
+            reason = f": {row.outside}" if row.outside else f" lacks {', '.join(row.lacking)}"
+            lines.append(f"  {shown(law):70} not claimed  {implementation}{reason}")
         for row in failed:
             lines.append(line(law + fixture(row), row.verdict.upper(), [row]))
     return lines
@@ -135,7 +137,35 @@ def summary(verdicts: list[Verdict]) -> list[str]:
         *(f"  {line}" for section in SECTIONS for line in section(verdicts)),
         f"{examples} generated examples checked against the oracle, {unsure} of them ill-conditioned "
         f"(some radius above half of the largest exact value); {len(verdicts) - len(generated)} replays",
+        *how_much(generated),
+        *inside(verdicts),
     ]
+
+
+def how_much(verdicts: list[Verdict]) -> list[str]:
+    """Return for each result how much its comparisons say."""
+    said: dict[str, list[int]] = {}
+    for name, counts in ((name, counts) for row in verdicts for name, counts in row.said.items()):
+        said[name] = [x + y for x, y in zip(said.get(name, [0] * len(counts)), counts, strict=True)]
+    titles = ("comparisons", "radius > size", "exact all 0", "elements", "without verdict")
+    lines = [f"  {'of each result':20}" + "".join(f"{title:>17}" for title in titles)]
+    return lines + [f"    {name:18}" + "".join(f"{x:17}" for x in counts) for name, counts in sorted(said.items())]
+
+
+def inside(verdicts: list[Verdict]) -> list[str]:
+    """Return how many calls were compared at which width and chunk length, where a domain was declared."""
+    lines = []
+    for name in dict.fromkeys(row.implementation for row in verdicts if row.domain):
+        rows = [row for row in verdicts if row.implementation == name]
+        counts = Counter[str]()
+        for row in rows:
+            counts.update(row.sizes)
+        sizes = sorted((*map(int, size.split()), count) for size, count in counts.items())
+        lines += [
+            f"{name} is defined for {rows[0].domain}; outside that, {sum(row.refused for row in rows)} calls not made",
+            *(f"    D = {D:<4} C = {C:<4} {count:6} examples" for D, C, count in sizes),
+        ]
+    return lines
 
 
 def outcome(verdicts: list[Verdict], of: list[Verdict]) -> str:
@@ -217,7 +247,7 @@ def definition(verdicts: list[Verdict]) -> list[str]:
     """Section 4.3."""
     laws = of_section(verdicts, "4.3")
     said = outcome(laws, verdicts)
-    shares = ", ".join(f"{row.implementation} {row.ratio:.0%}" for row in laws if row.examples)
+    shares = ", ".join(f"{row.implementation} {row.heads:.0%}" for row in laws if row.examples)
     return [f"4.3 not worse than 2x the definition: {said}; heads that were, at most: {shares or 'none seen'}"]
 
 
@@ -235,7 +265,7 @@ def worst_cases(verdicts: list[Verdict]) -> list[str]:
     return [
         f"4.4 ratchet: {outcome(laws, verdicts)}; {len(now)} worst cases replayed, "
         f"at most {max(now, default=0):.2f}x the stored error; {better} better, {worse} worse cases seen elsewhere "
-        "(--update-ratchet stores them)"
+        "(--raise-ratchet stores them)"
     ]
 
 

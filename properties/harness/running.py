@@ -61,6 +61,7 @@ def run(
 
 def call(implementation: Implementation, inputs: Inputs, leaves: Results) -> Results:
     """Call the implementation on these tensors; the rest comes from `inputs`."""
+    implementation.require(inputs)
     device = implementation.device
     names = ("q", "k", "v", "w", "b", "theta", "alpha", "eta")
     start = leaves.get("M")

@@ -47,10 +47,10 @@ class Shard:
             drawn += 1
             if not failed and drawn % self.of != self.number % self.of:
                 return
-            if not law.exercised(implementation, problem):
+            if not (posed := law.posed(implementation, problem)):
                 return
             try:
-                law.check(implementation, problem, recorder)
+                law.check(implementation, posed, recorder)
             except Exception:
                 failed = True
                 raise

@@ -1,5 +1,6 @@
 """Parts of a call: some of its sequences and heads, or some of its tokens, resumed one after the other."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -12,6 +13,8 @@ from torch import Tensor
 from oracle import Cotangents, Inputs
 from properties.harness.implementations import Implementation
 from properties.harness.running import STATE, Results, backward, call, check_form, tensors
+from properties.problems.domain import ANY
+from properties.problems.problem import Problem
 
 TOKENS = ("q", "k", "v", "theta", "alpha", "eta")
 
@@ -72,6 +75,19 @@ def spans(T: int, splits: Sequence[int]) -> list[slice]:
     return [slice(*span) for span in pairwise((0, *ends, T))]
 
 
+def places(implementation: Implementation, problem: Problem) -> tuple[int, ...]:
+    """Return where to split: where the implementation resumes and its domain has the segments."""
+    step = 1 if "offset" in implementation.claims else problem.C
+    step = math.lcm(step, implementation.domain.T.step(problem.C))
+    cuts: list[int] = []
+    T = problem.lengths[0]
+    for place in sorted(min(n - n % step, T) for n in problem.splits):
+        before = cuts[-1] if cuts else 0
+        if all(implementation.domain.T.contain(length, problem.C) for length in (place - before, T - place)):
+            cuts.append(place)
+    return tuple(cuts)
+
+
 def segment(inputs: Inputs, span: slice) -> Inputs:
     """Return some tokens of an unpacked call, with its initial state."""
     tokens: dict[str, Any] = {name: getattr(inputs, name)[:, span] for name in TOKENS}
@@ -123,4 +139,5 @@ def stepping(implementation: Implementation) -> Implementation:
         o, final = step(*now, w, b, *gates, state, eps, chunk_size, **options)
         return o[:, None], final
 
-    return replace(implementation, call=one_token)
+    # The rules for the number of tokens are not those of a step.
+    return replace(implementation, call=one_token, domain=replace(implementation.domain, T=ANY))

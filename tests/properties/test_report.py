@@ -51,7 +51,7 @@ def test_the_ratchet_fails_where_errors_are_four_times_worse(tmp_path: Path, mon
     error = min(worst_error(PROPERTIES[LAW].check(reordered(worse(repeat(True)), x), PROBLEM)) for x in SAME_AND_ORDERS)
     assert error > 0
     for stored in (error / WORSE, error * 2):
-        ratchet.update(seen(stored))
+        ratchet.update(seen(stored), raising=True)
         replay_the_ratchet(worse(repeat(True)), Recorder())
 
 
@@ -95,6 +95,11 @@ def test_what_breaks_a_law_is_no_standard_for_the_ratchet(tmp_path: Path, monkey
     ratchet.update([replace(row, verdict="fail") for row in seen(8.0)])
     # A replayed case that is four times worse is stored as it is now, when that is asked for, but never a NaN.
     replayed = Verdict("", "test_ratchet", "chunk", "fail", worst={"test_a": (9.0, "{}"), "test_b": (math.inf, "{}")})
+    ratchet.update([replayed])
+    ratchet.update([replace(replayed, worst={"test_a": (36.0, "{}")})])
+    assert ratchet.read()["chunk"]["test_a"][0] == 9.0
+    ratchet.update([replace(replayed, worst={"test_a": (36.0, "{}")})], raising=True)
+    assert ratchet.read()["chunk"]["test_a"][0] == 36.0
     ratchet.update([replayed])
     assert {key: error for key, (error, _) in ratchet.read()["chunk"].items()} == {
         f"{LAW} float32": 3.0,
@@ -148,6 +153,20 @@ def test_bounds_that_are_made_of_narrow_operands_stand_apart() -> None:
         "state of a piece, plain",
         "state of a piece, plain half",
     ]
+
+
+def test_how_much_the_comparisons_say_is_counted_for_each_result() -> None:
+    # Nothing but zeros; a radius above a tiny result; nothing known of what overflows.
+    zeros = Problem(lengths=(2,), theta="constant 0")
+    tiny = replace(zeros, initial="M", state="random -149", alpha="constant 2^-1")
+    huge = replace(PIECE, state="random 126", q="random 12")
+    said = {name: verdict_on(LAW, x).said["o"] for name, x in (("zeros", zeros), ("tiny", tiny), ("huge", huge))}
+    assert said["zeros"] == (1, 0, 1, 2, 0)
+    assert said["tiny"] == (1, 1, 0, 2, 0)
+    assert said["huge"] == (1, 0, 0, 16, 16)
+    rows = [verdict_on(LAW, zeros, tiny), verdict_on(LAW, huge)]
+    (line,) = (line for line in report.how_much(rows) if line.split()[0] == "o")
+    assert line.split()[1:] == ["3", "1", "1", "20", "16"]
 
 
 def test_the_table_names_the_fixture_that_fails() -> None:

@@ -1,0 +1,79 @@
+"""What a law counts, it checks: a single element that is NaN, or wrong by ten radii, breaks every law."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, assume, given, settings
+
+from properties.harness.comparing import radii as radii_of
+from properties.harness.implementations import Implementation, implementation
+from properties.harness.laws import PROPERTIES
+from properties.harness.running import LawBroken
+from properties.problems.problem import Problem
+from tests.properties import test_laws  # noqa: F401 (it imports the laws)
+from tests.properties.tampered import Tampered
+from tests.properties.wrong import stepper
+
+CHUNK = implementation("chunk", "cpu")
+# The coefficients are read off these results.
+READ_OFF = {"coefficients": "o", "momentum": "S"}
+# In radii.
+WRONG = 10
+# What is not finite is what this one looks for.
+NOT_FINITE = "test_what_is_not_finite_is_not_hidden"
+# These ask for finite numbers and compare with nothing.
+FINITE = ("test_finite_inputs_give_finite_results", "test_gates_of_zero_give_finite_gradients")
+# This one counts heads, whose mean squares one element may leave as they were.
+BY_HEADS = "test_errors_of_real_size_are_at_most_twice_those_of_the_definition"
+LAWS = [law for law in PROPERTIES if law != NOT_FINITE]
+
+
+def broken_by(law: str, radii: float) -> None:
+    """Put an implementation with one wrong element before a law, in a result that the law counts."""
+    found = PROPERTIES[law]
+
+    @settings(
+        max_examples=3 if found.share > 0.3 else 1, phases=[Phase.generate], database=None, derandomize=True,
+        deadline=None, suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(problem=found.problems)
+    def tried(problem: Problem) -> None:
+        assume(found.about(CHUNK, problem))
+        # The first head and sequence are those that this law looks away from, in some problems.
+        assume("stays_in_its_sequence" not in law or problem.seed % problem.H)
+        plain = Tampered(CHUNK, "nothing", radii)
+        counted = found.check(with_step(plain), problem)
+        assume(counted and is_bounded(problem))
+        names = sorted({READ_OFF.get(one.result, one.result) for one in counted if one.elements} - {"offset"})
+        name = names[problem.seed % len(names)]
+        # A law that compares calls notices one that differs, but in every call a number that is none.
+        call = plain.calls - 1 if radii == WRONG and not any(one.oracle for one in counted) else None
+        tampered = Tampered(CHUNK, name, radii, call)
+        # The oracle refuses to start from a state that is not finite.
+        with pytest.raises((LawBroken, ValueError)):
+            found.check(with_step(tampered), problem)
+
+    tried()
+
+
+def is_bounded(problem: Problem) -> bool:
+    """Whether no radius of its call is infinite."""
+    radius = radii_of(CHUNK, problem.inputs(), problem.cotangents())
+    return all(np.isfinite(x).all() for x in radius.values() if x is not None)
+
+
+def with_step(tampered: Tampered) -> Implementation:
+    """Return it as an implementation whose step is tampered with, too."""
+    return replace(tampered.implementation(), step=stepper(tampered))
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_a_law_notices_a_single_nan(law: str) -> None:
+    broken_by(law, math.nan)
+
+
+@pytest.mark.parametrize("law", [law for law in LAWS if law not in (*FINITE, BY_HEADS)])
+def test_a_law_notices_a_single_error_of_ten_radii(law: str) -> None:
+    broken_by(law, WRONG)
