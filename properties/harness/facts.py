@@ -144,10 +144,12 @@ class Recorder:
         Its node id, for the command that replays a failure.
     options : sequence of (name, value)
         The options of the run that this command repeats.
+    seconds : float
+        The time that an example may take; 0: any.
     """
 
-    def __init__(self, test: str = "TEST", options: Sequence[tuple[str, str]] = ()) -> None:
-        self.test, self.options, self.facts = test, options, Facts()
+    def __init__(self, test: str = "TEST", options: Sequence[tuple[str, str]] = (), seconds: float = 0) -> None:
+        self.test, self.options, self.seconds, self.facts = test, options, seconds, Facts()
 
     def example(self, law: str, problem: Problem, found: Found, half: bool) -> None:
         """Count an example."""
@@ -182,13 +184,13 @@ class Recorder:
 
     def replay(self, problem: Problem) -> str:
         """Return the command that runs the test on this problem."""
-        return f"{self.command} --replay '{problem.to_json()}'"
+        return f"{self.command} --replay {shlex.quote(problem.to_json())}"
 
     @property
     def command(self) -> str:
         """The command that runs the test."""
         options = "".join(f" {name} {shlex.quote(value)}" for name, value in self.options)
-        return f"pytest '{self.test}'{options}"
+        return f"pytest {shlex.quote(self.test)}{options}"
 
 
 @dataclass(frozen=True)

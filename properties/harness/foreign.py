@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import os
 import warnings
 from collections.abc import Callable, Collection
 from dataclasses import replace
@@ -11,7 +12,9 @@ import torch
 from torch import Tensor
 
 from oracle import Inputs, bounds
+from properties.harness.containment import undisturbed
 from properties.harness.implementations import CLAIMS, Implementation, chosen
+from properties.harness.running import LawBroken, pair
 from properties.problems.domain import EVERYWHERE, Domain
 
 # Claims, each with those that it needs.
@@ -74,7 +77,7 @@ def foreign(
         )
     region, narrow = where(function, device, domain), has_operands_of_inputs(function, operands)
     lacking |= region.lacks
-    log_space, step = getattr(function, "log_space", False), getattr(function, "step", None)
+    log_space, step = getattr(function, "log_space", False), function_of(function, "step")
     # A function of the call may keep `exact`: numbers fit where gates are linear.
     lacking |= {"batch_invariant"} | ({"exact"} if log_space is True else set()) | (set() if step else {"step"})
     for claim, without in IMPLIED.items():
@@ -125,15 +128,24 @@ def load(target: str) -> Callable[..., Any]:
     if not (module and name):
         raise ValueError(f"an implementation must be named as package.module:callable, got {target!r}")
     try:
-        with warnings.catch_warnings():
+        with undisturbed():
             # Warnings of others at their import are no verdict on them.
             warnings.simplefilter("ignore")
             function: Any = functools.reduce(getattr, name.split("."), importlib.import_module(module))
     except Exception as error:
-        raise ValueError(f"{target!r} cannot be imported: {type(error).__name__}: {error}") from error
+        hint = f"; add its folder: PYTHONPATH={os.getcwd()}" if isinstance(error, ModuleNotFoundError) else ""
+        raise ValueError(f"{target!r} cannot be imported: {type(error).__name__}: {error}{hint}") from error
+    if isinstance(function, type):
+        raise ValueError(f"{target!r} must be a function or an instance, got the class {function.__name__}")
     if not callable(function):
         raise ValueError(f"{target!r} must be callable, got {type(function).__name__}")
     return function  # type: ignore[no-any-return]
+
+
+def function_of(owner: Any, name: str) -> Callable[..., Any] | None:
+    """Return a callable attribute, if there is one: a module may have a buffer of this name."""
+    found = getattr(owner, name, None)
+    return found if callable(found) else None
 
 
 class Adapter:
@@ -149,7 +161,7 @@ class Adapter:
 
     def __init__(self, function: Callable[..., Any], lacking: frozenset[str], domain: Domain = EVERYWHERE) -> None:
         self.function, self.lacking, self.domain = function, lacking, domain
-        self.state: Callable[..., Any] | None = getattr(function, "state", None)
+        self.state: Callable[..., Any] | None = function_of(function, "state")
         if "final_state" in lacking:
             self.state = self.state or State
 
@@ -181,16 +193,14 @@ class Adapter:
         T = self.domain.T.nearest(1, chunk_size)
         rows = [x if i in (3, 4) else x[:, None].expand(-1, T, *x.shape[1:]) for i, x in enumerate(tensors)]
         state = self.initial(state, *rows, eps=eps, chunk_size=chunk_size, **options)
-        o, final = self.function.step(*tensors, state, eps, chunk_size, **options)  # type: ignore[attr-defined]
+        o, final = pair(self.function.step(*tensors, state, eps, chunk_size, **options))  # type: ignore[attr-defined]
         return o, final_state(final)
 
     def results(self, *tensors: Any, **options: Any) -> tuple[Tensor, Any]:
         """Return outputs and final state."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            result = self.function(*tensors, **options)
-        o, final = result if isinstance(result, (tuple, list)) else (result, None)
-        return o, final
+            return pair(self.function(*tensors, **options))
 
 
 def final_state(final: Any) -> Any:
@@ -200,4 +210,8 @@ def final_state(final: Any) -> Any:
     """
     if isinstance(final, Tensor):
         return State(final, torch.zeros_like(final), final, torch.zeros(len(final), dtype=torch.int64))
-    return State(*final) if isinstance(final, (tuple, list)) and not hasattr(final, "anchor") else final
+    if not isinstance(final, (tuple, list)) or hasattr(final, "anchor"):
+        return final
+    if len(final) != len(State._fields):
+        raise LawBroken(f"a final state must be M, S, anchor and offset, got {len(final)} things")
+    return State(*final)

@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import currently_in_test_context, given, reject, settings, target
-from hypothesis.errors import HypothesisException
 from hypothesis.strategies import SearchStrategy
 
 import oracle
 from properties.harness.comparing import Found, has_narrow_operands
+from properties.harness.containment import answering, contained
 from properties.harness.crash_isolation import DeviceLost, is_fatal
 from properties.harness.facts import Recorder, unsettled
 from properties.harness.implementations import Implementation
+from properties.harness.waiting import Hanging, limited
 from properties.harness.workarounds import with_room
 from properties.problems.domain import EVERYWHERE, OutsideDomain
 from properties.problems.problem import HALF, Problem
@@ -77,17 +78,16 @@ class Property:
         problem = problem.restricted(implementation.claims)
         found: Found = []
         try:
-            found = with_room(self.law)(implementation, problem)
+            with limited(recorder.seconds), answering():
+                found = with_room(self.law)(contained(implementation), problem)
             if not isinstance(found, list):
                 raise TypeError(f"a law must return its comparisons, got {found!r} of {self.name}")
-        except HypothesisException:
-            raise
         except OutsideDomain as refused:
             found = []
             recorder.outside(str(refused))
         except oracle.Unsettled as error:
             found = unsettled(error)
-        except Exception as error:
+        except (Exception, Hanging) as error:
             found = list(getattr(error, "found", ()))
             recorder.failure(problem, error)
             error.add_note(explanation(implementation, problem, recorder))

@@ -31,6 +31,8 @@ class Ledger:
         self.rows: dict[str, Verdict] = {}
         # The reports that pytest-xdist made of tests in which a worker died.
         self.crashes: dict[str, pytest.TestReport] = {}
+        # Why the results could not be stored.
+        self.trouble = ""
 
     @property
     def verdicts(self) -> list[Verdict]:

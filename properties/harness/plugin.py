@@ -5,6 +5,7 @@ import json
 import os
 import platform
 from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,18 @@ import pytest
 import torch
 from hypothesis import settings
 
-from properties.harness import crash_isolation, draws, implementations, ratchet, report, sharding
+from properties.harness import (
+    command_line,
+    containment,
+    crash_isolation,
+    draws,
+    files,
+    implementations,
+    ratchet,
+    report,
+    sharding,
+    waiting,
+)
 from properties.harness.facts import Recorder
 from properties.harness.foreign import foreign
 from properties.harness.implementations import BACKENDS, CLAIMS, DEFAULT, Implementation, devices
@@ -26,6 +38,7 @@ from properties.problems.problem import Problem
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 LEDGER = pytest.StashKey[Ledger]()
 SHARD = pytest.StashKey[sharding.Shard | None]()
+PROBLEM = pytest.StashKey[Problem | None]()
 SUBJECTS = pytest.StashKey[dict[str, Implementation]]()
 OPTIONS = pytest.StashKey[Sequence[tuple[str, str]]]()
 # What the command line says of `--impl`, instead of the callable itself.
@@ -45,6 +58,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where the implementations run (cpu)")
     group.addoption("--shard", metavar="I/N", help="check the I-th of N shares of the examples of a run")
     group.addoption("--replay", metavar="PROBLEM", help="run the selected laws on this problem alone: JSON or a file")
+    group.addoption(
+        "--example-timeout", metavar="SECONDS", type=float, default=600, help="an example that takes longer fails (600)"
+    )
     group.addoption("--verdicts", metavar="FILE", type=Path, help="write the verdict on each law as JSON")
     group.addoption("--reports-to", metavar="FILE", help=argparse.SUPPRESS)
     group.addoption("--update-ratchet", action="store_true", help="store the worst errors of this run, none larger")
@@ -64,10 +80,16 @@ def share_failures() -> None:
         settings.load_profile(settings.get_current_profile_name())
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     """Use one thread in each worker; keep the options that a replay command repeats."""
+    with refusing_mistakes():
+        command_line.check(config)
     config.addinivalue_line("markers", "law(*sections, needs): the sections of SPEC.md a property comes from")
     torch.set_num_threads(1)
+    config.add_cleanup(containment.heed_interrupts())
+    # Nothing is captured yet.
+    waiting.STDERR = os.dup(2)
     if config.getoption("--device") == "cpu":
         # Triton looks at this when its kernels are imported.
         os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -78,21 +100,40 @@ def pytest_configure(config: pytest.Config) -> None:
     else:
         # Without it cuBLAS refuses to be deterministic.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    named = {"--backends": DEFAULT, "--impl": None, **dict.fromkeys(DECLARED), "--device": "cpu"}
+    # Where nothing can be stored, the run goes on: both are said once.
+    for warning in (":The database setting is not:hypothesis.errors.HypothesisWarning", "::pytest.PytestCacheWarning"):
+        config.addinivalue_line("filterwarnings", f"default{warning}")
+    named = {
+        "--backends": DEFAULT,
+        "--impl": None,
+        **dict.fromkeys(DECLARED),
+        "--device": "cpu",
+        "--example-timeout": 600,
+    }
     values = {name: config.getoption(name) for name in named}
-    config.stash[OPTIONS] = tuple((name, values[name]) for name in named if values[name] != named[name])
+    config.stash[OPTIONS] = tuple((name, str(values[name])) for name in named if values[name] != named[name])
     crash_isolation.spread(config.getoption("--device"))
     if reports := config.getoption("--reports-to"):
         config.pluginmanager.register(crash_isolation.Reporter(config, reports), "titans-reporter")
     else:
         config.pluginmanager.register(crash_isolation.Isolation(repeated(config)), "titans-isolation")
-    try:
+    with refusing_mistakes():
         config.stash[SUBJECTS] = subjects(config)
         config.stash[SHARD] = sharding.Shard.parse(text) if (text := config.getoption("--shard")) else None
-    except ValueError as error:
-        raise pytest.UsageError(str(error)) from error
+        config.stash[PROBLEM] = command_line.read_problem(config.getoption("--replay"))
+        if not hasattr(config, "workerinput") and not config.getoption("collectonly"):
+            command_line.check_files(config)
     config.stash[LEDGER] = Ledger(config.stash[SUBJECTS].values(), config.stash[OPTIONS])
     config.pluginmanager.register(config.stash[LEDGER], "titans-ledger")
+
+
+@contextmanager
+def refusing_mistakes() -> Generator[None]:
+    """Make pytest's error of usage of a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from error
 
 
 def repeated(config: pytest.Config) -> list[str]:
@@ -151,10 +192,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Give the laws the problem to replay, and slow implementations fewer examples."""
-    problem, shard = read_problem(config.getoption("--replay")), config.stash[SHARD]
-    random_seed = int(config.getoption("--hypothesis-seed") or 0)
+    problem, shard = config.stash[PROBLEM], config.stash[SHARD]
+    random_seed, seconds = int(config.getoption("--hypothesis-seed") or 0), config.getoption("--example-timeout")
     for item in items:
-        item.stash[RECORDER] = recorder = Recorder(item.nodeid, config.stash[OPTIONS])
+        item.stash[RECORDER] = recorder = Recorder(item.nodeid, config.stash[OPTIONS], seconds)
         if not isinstance(item, pytest.Function) or (law := PROPERTIES.get(item.originalname)) is None:
             continue
         implementation = subject(item)
@@ -178,14 +219,6 @@ def subject(item: pytest.Function) -> Implementation:
 def recorder(request: pytest.FixtureRequest) -> Recorder:
     """Return the recorder of the running test, for one that checks laws itself."""
     return request.node.stash[RECORDER]  # type: ignore[no-any-return]
-
-
-def read_problem(given: str | None) -> Problem | None:
-    """Read a problem, alone or in a fixture: JSON, or a file of it."""
-    if given is None:
-        return None
-    fields = json.loads(given if given.lstrip().startswith("{") else Path(given).read_text())
-    return Problem.from_json(json.dumps(fields.get("problem", fields)))
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -227,7 +260,10 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
         recorder.ended(error)
         found, saving = recorder.facts.failing_problem, item.config.getoption("--save-failures")
         if found and saving and isinstance(item, pytest.Function) and "fixture" not in item.fixturenames:
-            save(about(item)["law"], Problem.from_json(found), item.name)
+            try:
+                save(about(item)["law"], Problem.from_json(found), item.name)
+            except OSError as trouble:
+                item.add_report_section("call", "fixture", f"the problem could not be saved: {trouble}")
         raise
     finally:
         item.user_properties += report.properties(recorder.facts.as_dict())
@@ -240,9 +276,7 @@ def save(law: str, problem: Problem, test: str) -> Path:
         path = FIXTURES / f"{number:03}-{law.removeprefix('test_').replace('_', '-')}.json"
         fields = {"why": f"broke {test}", "laws": [law], "problem": json.loads(problem.to_json())}
         try:
-            with path.open("x") as file:
-                json.dump(fields, file, indent=1)
-                file.write("\n")
+            files.create(path, json.dumps(fields, indent=1) + "\n")
         except FileExistsError:
             continue
         return path
@@ -262,6 +296,15 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     ledger = config.stash[LEDGER]
     ledger.complete(config)
     session.exitstatus = session.exitstatus or ledger.exit_status
+    try:
+        store(config, ledger)
+    except OSError as error:
+        ledger.trouble = f"the results could not be stored: {error}"
+        session.exitstatus = session.exitstatus or pytest.ExitCode.INTERNAL_ERROR
+
+
+def store(config: pytest.Config, ledger: Ledger) -> None:
+    """Write the files that were asked for."""
     raising = config.getoption("--raise-ratchet")
     if raising or config.getoption("--update-ratchet"):
         ratchet.update(ledger.verdicts, raising)
@@ -278,6 +321,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Print the table of verdicts, the failures in full, and how much was checked."""
     seen = config.stash[LEDGER].verdicts
+    if trouble := config.stash[LEDGER].trouble:
+        terminalreporter.write_line(trouble, red=True)
     if not seen:
         return
     terminalreporter.section("verdicts")

@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+from properties.harness import files
 from properties.harness.facts import Verdict
 
 RATCHET = Path(__file__).parents[1] / "ratchet.json"
@@ -47,4 +48,4 @@ def update(verdicts: list[Verdict], raising: bool = False) -> None:
         name: {key: {"error": error, "problem": json.loads(problem)} for key, (error, problem) in sorted(cases.items())}
         for name, cases in sorted(stored.items())
     }
-    RATCHET.write_text(json.dumps(content, separators=(",", ":")).replace('"test_', '\n"test_') + "\n")
+    files.write(RATCHET, json.dumps(content, separators=(",", ":")).replace('"test_', '\n"test_') + "\n")

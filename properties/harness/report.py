@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from properties.harness import ratchet
+from properties.harness import files, ratchet
 from properties.harness.facts import Verdict
 
 # The first part of the names of a report's properties, which JUnit's XML has, too.
@@ -38,9 +38,8 @@ def read(
 
 def write_json(path: Path, verdicts: list[Verdict], about: dict[str, Any]) -> None:
     """Write the header of the run and all verdicts; a ratio that is not finite is a text."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = about | {"verdicts": [asdict(verdict) for verdict in verdicts]}
-    path.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
+    files.write(path, json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
 
 
 def _finite(x: Any) -> Any:

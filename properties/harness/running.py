@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from oracle import Cotangents, Inputs
+from properties.harness.containment import undisturbed
 from properties.harness.implementations import Implementation
 
 Results = dict[str, Tensor]
@@ -72,8 +73,32 @@ def call(implementation: Implementation, inputs: Inputs, leaves: Results) -> Res
     if inputs.cu_seqlens is not None:
         options["cu_seqlens"] = torch.tensor(inputs.cu_seqlens, dtype=torch.int32, device=device)
     tensors = (leaves.get(name) for name in names)
-    o, final = implementation.call(*tensors, inputs.eps, inputs.chunk_size, start, True, **options)
-    return {"o": o} | {name: getattr(final, name) for name in implementation.left}
+    returned = implementation.call(*tensors, inputs.eps, inputs.chunk_size, start, True, **options)
+    return parts(implementation, returned)
+
+
+def parts(implementation: Implementation, returned: Any) -> Results:
+    """Return the outputs and the claimed parts of the final state by name."""
+    o, final = pair(returned)
+    left = {name: getattr(final, name, None) for name in implementation.left}
+    found = {name: x for name, x in left.items() if isinstance(x, Tensor)}
+    if missing := left.keys() - found.keys():
+        state = "no state" if final is None else f"a state of type {type(final).__name__}"
+        raise LawBroken(
+            f"an implementation must return (o, state), got {state} without the tensors {', '.join(sorted(missing))}: "
+            "one that does not return them lacks final_state, resume or offset"
+        )
+    return {"o": o} | found
+
+
+def pair(returned: Any) -> tuple[Tensor, Any]:
+    """Return outputs and final state."""
+    if isinstance(returned, Tensor):
+        return returned, None
+    if not (isinstance(returned, tuple | list) and len(returned) == 2 and isinstance(returned[0], Tensor)):
+        kinds = [type(x).__name__ for x in returned] if isinstance(returned, tuple | list) else type(returned).__name__
+        raise LawBroken(f"an implementation must return (o, state), o a tensor, got {kinds}")
+    return returned[0], returned[1]
 
 
 def backward(outputs: Results, leaves: Results, cotangents: Cotangents) -> Results:
@@ -89,7 +114,8 @@ def backward(outputs: Results, leaves: Results, cotangents: Cotangents) -> Resul
     gradients: Iterable[Tensor | None] = [None] * len(leaves)
     if flowing:
         ends, inflow = zip(*flowing, strict=True)
-        gradients = torch.autograd.grad(ends, list(leaves.values()), inflow, allow_unused=True)
+        with undisturbed():
+            gradients = torch.autograd.grad(ends, list(leaves.values()), inflow, allow_unused=True)
     pairs = zip(leaves.items(), gradients, strict=True)
     return {f"d{name}": torch.zeros_like(x) if dx is None else dx.detach() for (name, x), dx in pairs}
 

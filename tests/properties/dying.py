@@ -1,6 +1,7 @@
 """Implementations that lose their device."""
 
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,12 @@ def asserts(*arguments: Any, **options: Any) -> Any:
 
 
 def always(*arguments: Any, **options: Any) -> Any:
-    """End the process, as a segmentation fault would."""
+    """End the process, as a segmentation fault does."""
     if not Path(os.environ["DIES"]).exists():
         return memory(*arguments, **options)
     if dead:
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
-    os._exit(11)
+    os.kill(os.getpid(), signal.SIGSEGV)
 
 
 memory.state = asserts.state = always.state = titans.TitansState  # type: ignore[attr-defined]

@@ -72,14 +72,10 @@ def test_a_law_that_cannot_be_collected_has_no_verdict() -> None:
 
 @pytest.mark.parametrize("name", ["chunk", "log"])
 def test_the_node_id_says_which_implementation_a_test_is_about(name: str) -> None:
-    from properties.harness import implementations
-
-    ledger = Ledger([implementations.implementation(name, "cpu") for name in ("chunk", "log")])
-    ledger.pytest_xdist_node_collection_finished(
-        [f"a.py::test_fixture[{implementation}-007-chunks-log]", "a.py::test_b"]
-    )
+    ledger = Ledger([implementation("chunk", "cpu"), implementation("log", "cpu")])
+    ledger.pytest_xdist_node_collection_finished([f"a.py::test_fixture[{name}-007-chunks]", "a.py::test_b"])
     (about,) = ledger.collected.values()
-    assert (about["law"], about["implementation"]) == ("test_fixture", implementation)
+    assert (about["law"], about["implementation"]) == ("test_fixture", name)
 
 
 def test_no_section_passes_where_a_law_has_no_result() -> None:

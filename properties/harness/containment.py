@@ -1,0 +1,176 @@
+"""Calls of an implementation: it returns or raises. It decides no verdict, and leaves nothing behind."""
+
+import builtins
+import functools
+import math
+import os
+import signal
+import sys
+import threading
+import traceback
+import unittest
+import warnings
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from hypothesis.errors import HypothesisException
+
+import oracle
+from properties.harness.implementations import Implementation
+from properties.harness.waiting import Hanging
+from properties.problems.domain import OutsideDomain
+
+# Everything that a verdict is made with.
+PACKAGES = ("oracle", "properties")
+LENT = (torch, torch.Tensor, torch.autograd, torch.linalg, np, np.linalg, math, builtins)
+SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.get_default_device, torch.set_default_device),
+    (torch.is_grad_enabled, torch.set_grad_enabled),
+    (torch.get_num_threads, torch.set_num_threads),
+    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
+    (lambda: torch.is_autocast_enabled("cpu"), lambda on: torch.set_autocast_enabled("cpu", on)),
+    (np.geterr, lambda how: np.seterr(**how)),
+    (os.getcwd, os.chdir),
+)
+
+
+class Misconduct(AssertionError):
+    """An implementation does not return, and raises no error either: it interferes with its verification."""
+
+
+interrupted = threading.Event()
+
+
+def heed_interrupts() -> Callable[[], Any]:
+    """Tell Ctrl-C from a KeyboardInterrupt that an implementation raises; return the function that ends this."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        return lambda: None
+
+    def handle(number: int, frame: Any) -> Any:
+        interrupted.set()
+        return before(number, frame)
+
+    signal.signal(signal.SIGINT, handle)
+    return lambda: signal.signal(signal.SIGINT, before)
+
+
+def is_ordinary(error: BaseException) -> bool:
+    """Whether pytest and Hypothesis take an exception for a failure, and nothing else."""
+    special = isinstance(error, HypothesisException | unittest.SkipTest | BaseExceptionGroup)
+    return isinstance(error, Exception) and not special
+
+
+def is_from_outside(error: BaseException) -> bool:
+    """Whether an exception comes from the user or from a time limit, and not from an implementation."""
+    frames = traceback.walk_tb(error.__traceback__)
+    limit = any(frame.f_globals.get("__name__") == "pytest_timeout" for frame, _ in frames)
+    return limit or isinstance(error, Hanging) or (isinstance(error, KeyboardInterrupt) and interrupted.is_set())
+
+
+@contextmanager
+def answering() -> Generator[None]:
+    """Make an ordinary failure of whatever an implementation raises to be skipped, rejected or let off."""
+    try:
+        yield
+    except BaseException as error:
+        if is_from_outside(error):
+            raise error if isinstance(error, Hanging | KeyboardInterrupt) else Hanging(str(error)) from error
+        if is_ordinary(error):
+            raise
+        said = f"{type(error).__name__}: {error}"
+        raise Misconduct(f"the implementation must return or fail, and raised {said}") from error
+
+
+@contextmanager
+def undisturbed() -> Generator[None]:
+    """Undo all that an implementation changes in this process, and refuse that it changes functions of others."""
+    settings, functions = [get() for get, _ in SETTINGS], [(x, dict(vars(x))) for x in lent(len(sys.modules))]
+    try:
+        with answering(), warnings.catch_warnings(), kept_alive():
+            try:
+                yield
+            except (oracle.Unsettled, OutsideDomain) as error:
+                raise Misconduct(f"the implementation raised {type(error).__name__}: {error}") from error
+    finally:
+        torch.set_flush_denormal(False)
+        for (get, put), value in zip(SETTINGS, settings, strict=True):
+            if get() != value:
+                put(value)
+        replaced = restore(functions)
+    if replaced:
+        raise Misconduct(f"the implementation must not replace {', '.join(replaced[:3])}")
+
+
+@contextmanager
+def kept_alive() -> Generator[None]:
+    """Let no implementation end this process with a status of its own choice; processes that it forks end as ever."""
+    leave, process = os._exit, os.getpid()
+
+    def refuse(status: int) -> None:
+        if os.getpid() != process:
+            leave(status)
+        raise Misconduct(f"the implementation must not end the process, called os._exit({status})")
+
+    os._exit = refuse  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        os._exit = leave
+
+
+@functools.lru_cache(maxsize=1)
+def lent(modules: int) -> list[Any]:
+    """Return the modules and classes that a verdict is made with; `modules` is how many there are of all kinds."""
+    own = [x for name, x in list(sys.modules.items()) if name.partition(".")[0] in PACKAGES and is_ours(name)]
+    classes = [x for module in own for x in vars(module).values() if isinstance(x, type) and is_ours(x.__module__)]
+    return [*LENT, *own, *dict.fromkeys(classes)]
+
+
+def is_ours(name: str) -> bool:
+    """Whether a module is the suite's, and no adapter."""
+    return name.partition(".")[0] in PACKAGES and not name.startswith("properties.adapters")
+
+
+def restore(functions: list[tuple[Any, dict[str, Any]]]) -> list[str]:
+    """Put back every function and class that is another one now, and return their names."""
+    replaced = []
+    for owner, before in functions:
+        now = vars(owner)
+        for name, value in before.items():
+            if now.get(name) is not value and callable(value) and not is_its_own(owner, name, now.get(name)):
+                setattr(owner, name, value)
+                replaced.append(f"{owner.__name__}.{name}")
+    return replaced
+
+
+def is_its_own(owner: Any, name: str, function: Any) -> bool:
+    """Whether a package itself has replaced a function of its own, as `torch.compile` does at its first use."""
+    module = sys.modules.get(owner.__name__ if isinstance(owner, ModuleType) else owner.__module__)
+    folder = getattr(sys.modules.get(module.__name__.partition(".")[0]), "__path__", [None])[0] if module else None
+    code = getattr(function, "__code__", None)
+    named = getattr(function, "__name__", None) == name
+    return named and folder is not None and code is not None and code.co_filename.startswith(folder + os.sep)
+
+
+def contained(implementation: Implementation) -> Implementation:
+    """Return an implementation whose calls leave nothing behind."""
+    step = implementation.step
+    return replace(implementation, call=alone(implementation.call), step=step and alone(step))
+
+
+def alone(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function whose calls leave nothing behind."""
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        with undisturbed():
+            return function(*arguments, **options)
+
+    return call

@@ -1,0 +1,51 @@
+"""Files that are there as a whole or not at all: a disk may be full."""
+
+import os
+import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file in place of the one that is there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file():
+        # A terminal or a pipe.
+        path.write_text(text)
+        return
+    with complete(path, text) as other:
+        os.replace(other, path)
+
+
+def create(path: Path, text: str) -> None:
+    """Write a file, or raise FileExistsError where there is one."""
+    with complete(path, text) as other:
+        os.link(other, path)
+
+
+@contextmanager
+def complete(path: Path, text: str) -> Generator[str]:
+    """Write a text beside a file, and remove it in the end."""
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with open(descriptor, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(descriptor)
+        mode = os.umask(0)
+        os.umask(mode)
+        os.chmod(name, 0o666 & ~mode)
+        yield name
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def check(path: Path) -> None:
+    """Raise OSError where a file cannot be written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    there = path.exists()
+    with path.open("a"):
+        pass
+    if not there:
+        path.unlink()

@@ -1,0 +1,176 @@
+"""An implementation returns its results or fails; it decides no verdict, and leaves nothing behind."""
+
+import os
+import random
+import re
+import signal
+import time
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from properties.harness.containment import Misconduct, answering, heed_interrupts, interrupted, undisturbed
+from properties.harness.facts import Recorder
+from properties.harness.foreign import foreign
+from properties.harness.laws import PROPERTIES
+from properties.harness.running import LawBroken
+from properties.harness.waiting import Hanging, limited
+from properties.problems.problem import Problem
+from tests.properties.test_laws import run_suite
+
+VALUES, GRADIENTS = "test_values_are_the_oracles", "test_gradients_are_the_oracles"
+PROBLEM = Problem(lengths=(3,), D=2, C=2)
+
+
+def check(subject: str, law: str = VALUES, recorder: Recorder | None = None) -> Any:
+    """Put a problem before an implementation that misbehaves."""
+    return PROPERTIES[law].check(foreign(f"tests.properties.misbehaving:{subject}", "cpu"), PROBLEM, recorder)
+
+
+@pytest.mark.parametrize(
+    ("subject", "law", "said"),
+    [
+        ("skips", VALUES, "Skipped: it is not my day"),
+        ("exits", VALUES, "SystemExit: 0"),
+        ("leaves", VALUES, r"must not end the process, called os._exit\(0\)"),
+        ("rejects", VALUES, "UnsatisfiedAssumption"),
+        ("is_unsettled", VALUES, "Unsettled: who knows"),
+        ("is_outside", VALUES, "OutsideDomain: not here"),
+        ("interrupts", VALUES, "KeyboardInterrupt"),
+        ("groups", VALUES, "ExceptionGroup"),
+        ("skips_backward", GRADIENTS, "Skipped: it is not my day"),
+        ("patches", VALUES, "must not replace torch.isfinite"),
+    ],
+)
+def test_an_implementation_does_not_decide_its_own_verdict(subject: str, law: str, said: str) -> None:
+    recorder = Recorder()
+    with pytest.raises(Misconduct, match=said):
+        check(subject, law, recorder)
+    assert recorder.facts.failing_call == 1
+    assert recorder.facts.failing_problem
+
+
+def test_a_function_that_was_replaced_is_put_back() -> None:
+    before = torch.isfinite
+    with pytest.raises(Misconduct):
+        check("patches")
+    assert torch.isfinite is before
+
+
+def test_pytorch_may_replace_functions_of_its_own() -> None:
+    assert check("compiles")
+
+
+def surroundings() -> tuple[Any, ...]:
+    """What an implementation may set."""
+    filters, folder = list(warnings.filters), os.getcwd()
+    subnormal = torch.tensor(1e-40) * 1
+    return filters, folder, torch.get_default_dtype(), torch.is_grad_enabled(), torch.Storage, bool(subnormal > 0)
+
+
+def test_settings_of_an_implementation_end_with_its_call() -> None:
+    before = surroundings()
+    assert check("settles_in")
+    assert surroundings() == before
+
+
+def test_seeds_that_an_implementation_sets_change_no_problem() -> None:
+    before = [PROBLEM.inputs().q, PROBLEM.cotangents().o]
+    torch.manual_seed(7)
+    random.seed(7)
+    np.random.seed(7)  # noqa: NPY002
+    assert all(torch.equal(x, y) for x, y in zip(before, [PROBLEM.inputs().q, PROBLEM.cotangents().o], strict=True))
+
+
+def test_ordinary_errors_stay_what_they_are() -> None:
+    error = ValueError("q is too long")
+    with pytest.raises(ValueError, match="q is too long") as caught, undisturbed():
+        raise error
+    assert caught.value is error
+
+
+def test_who_presses_ctrl_c_ends_the_run() -> None:
+    stop = heed_interrupts()
+    try:
+        with pytest.raises(KeyboardInterrupt), answering():
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        stop()
+        interrupted.clear()
+
+
+def test_an_example_that_does_not_end_is_ended_in_time() -> None:
+    recorder, start = Recorder(seconds=0.2), time.monotonic()
+    with pytest.raises(Hanging, match=r"--example-timeout 0\.2 seconds"):
+        check("hangs", recorder=recorder)
+    assert time.monotonic() - start < 60
+    assert recorder.facts.failing_problem == PROBLEM.to_json()
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def test_a_time_limit_of_pytest_timeout_is_no_error_of_the_implementation() -> None:
+    source = "def timeout_sigalrm(): fail('Timeout >1.0s')"
+    exec(source, timer := {"__name__": "pytest_timeout", "fail": pytest.fail})
+    with pytest.raises(Hanging, match=r"Timeout >1\.0s"), answering():
+        timer["timeout_sigalrm"]()
+
+
+def test_an_alarm_of_somebody_else_still_comes() -> None:
+    rung: list[int] = []
+    before = signal.signal(signal.SIGALRM, lambda number, frame: rung.append(number))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        with limited(60):
+            pass
+        time.sleep(0.5)
+        assert rung == [signal.SIGALRM]
+        # One that comes first is not touched.
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with limited(0.2):
+            time.sleep(0.5)
+        assert rung == [signal.SIGALRM] * 2
+        # One that comes later waits no longer for it.
+        signal.setitimer(signal.ITIMER_REAL, 1)
+        with pytest.raises(Hanging), limited(0.2):
+            time.sleep(60)
+        time.sleep(1)
+        assert rung == [signal.SIGALRM] * 3
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize(
+    ("subject", "said"),
+    [
+        ("returns_nothing", r"must return \(o, state\), o a tensor, got NoneType"),
+        ("returns_text", r"must return \(o, state\), o a tensor, got str"),
+        ("returns_no_state", r"must return \(o, state\), got no state without the tensors M, S, anchor, offset"),
+        ("returns_half_a_state", "a final state must be M, S, anchor and offset, got 2 things"),
+    ],
+)
+def test_an_implementation_that_returns_something_else_is_told(subject: str, said: str) -> None:
+    with pytest.raises(LawBroken, match=said):
+        check(subject)
+
+
+def test_a_module_is_a_callable() -> None:
+    assert check("module")
+    assert check("module", GRADIENTS)
+
+
+def test_a_module_is_no_instance_of_itself() -> None:
+    with pytest.raises(ValueError, match="must be a function or an instance, got the class Module"):
+        foreign("tests.properties.misbehaving:Module", "cpu")
+
+
+@pytest.mark.parametrize("subject", ["exits", "skips", "hangs"])
+def test_a_run_of_an_implementation_that_evades_it_fails(subject: str) -> None:
+    law, target = f"properties/test_oracle.py::{VALUES}", f"tests.properties.misbehaving:{subject}"
+    run = ("--impl", target, "--replay", PROBLEM.to_json(), "--example-timeout", "1")
+    output = run_suite(law, *run, fails=1)
+    assert re.search(r"values_are_the_oracles +FAIL", output), output
+    assert re.search(r"replay: pytest 'properties/\S+' --impl \S+ --example-timeout 1\.0 --replay", output)
