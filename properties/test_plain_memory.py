@@ -131,7 +131,9 @@ def fits(inputs: Inputs, cotangents: Cotangents) -> bool:
     gate = torch.stack([inputs.theta.double(), 1 - inputs.alpha.double(), inputs.eta.double()])
     steps = torch.where(gate > 0, gate, 1).amin(0).log2().clamp(max=0).sum(1).amin()
     largest = max(float(x.max()) for x in majorant(inputs, cotangents).values() if x.numel())
-    return bool(np.log2(max(largest, 1)) - float(steps) < -np.log2(torch.finfo(inputs.q.dtype).eps / 2))
+    # A gradient has the format of its tensor.
+    eps = max(torch.finfo(x.dtype).eps for x in tensors(inputs).values())
+    return bool(np.log2(max(largest, 1)) - float(steps) < -np.log2(eps / 2))
 
 
 EXACT = split(

@@ -118,7 +118,10 @@ def declared(log_space: bool | Callable[[Inputs], bool], operands_of_inputs: boo
     if operands_of_inputs and dtype.itemsize == 2:
         # The arithmetic of tensor cores, without the blocks of several chunks of this repository's kernels.
         cores = bounds.kernel_arithmetic(dtype, inputs.q.shape[-1], tensor_cores=True)
-        return replace(cores, block=0, log_space=logs)
+        narrow = torch.finfo(dtype)
+        # A format as narrow as float16 has a coarser last step than the cores' own.
+        tiny = max(cores.operand_tiny, narrow.tiny * narrow.eps)
+        return replace(cores, block=0, log_space=logs, operand_tiny=tiny)
     return bounds.arithmetic_for(dtype, log_space=logs)
 
 
