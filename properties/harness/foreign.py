@@ -119,9 +119,9 @@ def declared(log_space: bool | Callable[[Inputs], bool], operands_of_inputs: boo
         # The arithmetic of tensor cores, without the blocks of several chunks of this repository's kernels.
         cores = bounds.kernel_arithmetic(dtype, inputs.q.shape[-1], tensor_cores=True)
         narrow = torch.finfo(dtype)
-        # A format as narrow as float16 has a coarser last step than the cores' own.
-        tiny = max(cores.operand_tiny, narrow.tiny * narrow.eps)
-        return replace(cores, block=0, log_space=logs, operand_tiny=tiny)
+        # float16 has a smaller range than the format of the cores: an operand may underflow or overflow.
+        tiny, huge = max(cores.operand_tiny, narrow.tiny * narrow.eps), min(cores.huge, narrow.max)
+        return replace(cores, block=0, log_space=logs, operand_tiny=tiny, huge=huge)
     return bounds.arithmetic_for(dtype, log_space=logs)
 
 

@@ -128,10 +128,10 @@ HALF = Problem(
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("memory", ["plain", "normalised"])
 def test_operands_of_half_precision_are_right_only_as_such(dtype: str, memory: str) -> None:
-    subject = foreign("tests.properties.restricted:half_operands", "cpu")
+    subject = foreign("tests.properties.restricted:half_operands", "cpu", domain="")
     problem = replace(HALF, dtype=dtype, memory=memory)
     assert check(subject, problem)
-    undeclared = foreign("tests.properties.restricted:half_operands", "cpu", operands="")
+    undeclared = foreign("tests.properties.restricted:half_operands", "cpu", domain="", operands="")
     assert undeclared.arithmetic(problem.inputs()) == bounds.arithmetic_for(problem.inputs().q.dtype)
     if dtype != "float32":
         with pytest.raises(LawBroken):
