@@ -2,11 +2,11 @@
 
     python -m benchmarks.gpu              # needs the `peers` dependency group
 
-TTT-Linear has the same LayerNorm gradient and chunk chain but one state and no gates: ours does more work. All in
-bfloat16, medians of CUDA events on a warm GPU, the calls taken in turn, the L2 cache flushed before each: as called,
-and on the device alone, when the host has queued a call's launches before its clock starts. The difference is what
-launching costs on that host. A must is required, an aim is not; both are of the device's time unless a column says
-"called".
+TTT-Linear has the same LayerNorm gradient and chunk chain, but one state, no forgetting and no momentum: ours does
+more work. All in bfloat16, medians of CUDA events on a warm GPU, the calls taken in turn, the L2 cache flushed before
+each: as called, and on the device alone, when the host has queued a call's launches before its clock starts. The
+difference is the cost of launching on that host. A must is required, an aim is not; both are of the device's time
+unless a column says "called".
 
 Before a shape is timed, ours is compared with our own `chunk` backend in float64 on the same bfloat16 inputs: outputs,
 final state and every gradient over the first chunks, then outputs and final memory over the whole length, which the
