@@ -1,5 +1,6 @@
 """Nothing is called outside a declared domain, and inside it nothing may raise."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -85,8 +86,9 @@ def test_no_call_is_made_outside_and_what_cannot_be_stated_is_not_claimed(tmp_pa
         "test_splitting_into_single_tokens_changes_nothing",
         "test_fixture",
     }
-    assert found["test_splitting_into_single_tokens_changes_nothing"]["outside"].startswith("T = 1 with C = 16 is")
-    assert "not claimed  tests.properties.restricted:whole_chunks: T = 1 with C = 16 is outside" in output
+    outside = found["test_splitting_into_single_tokens_changes_nothing"]["outside"]
+    assert re.match("T = 1 with C = (16|64) is outside", outside)
+    assert f"not claimed  tests.properties.restricted:whole_chunks: {outside[:25]}" in output
     assert "whole_chunks is defined for D=16,64,128 C=16,64 T%C=0" in output
 
 
