@@ -28,10 +28,17 @@ NOT_FINITE = "test_what_is_not_finite_is_not_hidden"
 FINITE = ("test_finite_inputs_give_finite_results", "test_gates_of_zero_give_finite_gradients")
 # This one counts heads, whose mean squares one element may leave as they were.
 BY_HEADS = "test_errors_of_real_size_are_at_most_twice_those_of_the_definition"
-# These compare two ways of calling: a result that is wrong in both alike is for the other laws. For each of them
+# These compare two ways of calling, so they do not see a NaN that is in both alike; other laws do. For each of them
 # `tests.properties.wrong` has a wrong implementation.
 CONVENTIONS = {name for name in vars(test_conventions) if name.startswith("test_")}
-LAWS = [law for law in PROPERTIES if law != NOT_FINITE and law not in CONVENTIONS]
+# Of those, these look at fewer calls or results than the tampered one.
+PARTIAL = (
+    "test_gradients_need_no_final_state",
+    "test_a_cotangent_may_be_expanded_or_missing",
+    "test_a_second_backward_gives_the_same_bits",
+    "test_results_share_no_memory_with_arguments",
+)
+LAWS = [law for law in PROPERTIES if law != NOT_FINITE]
 
 
 def broken_by(law: str, radii: float) -> None:
@@ -73,11 +80,11 @@ def with_step(tampered: Tampered) -> Implementation:
     return replace(tampered.implementation(), step=stepper(tampered))
 
 
-@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("law", [law for law in LAWS if law not in CONVENTIONS])
 def test_a_law_notices_a_single_nan(law: str) -> None:
     broken_by(law, math.nan)
 
 
-@pytest.mark.parametrize("law", [law for law in LAWS if law not in (*FINITE, BY_HEADS)])
+@pytest.mark.parametrize("law", [law for law in LAWS if law not in (*FINITE, *PARTIAL, BY_HEADS)])
 def test_a_law_notices_a_single_error_of_ten_radii(law: str) -> None:
     broken_by(law, WRONG)

@@ -1,7 +1,7 @@
 """The stages of the chain in Gluon, for compute capability 9.0; `choose` says which calls they take.
 
-Stage `state` lies in `state.py`, with `launch_state(call, layout, *arguments)`, whose arguments are the pointers of the
-portable kernel, in its order; its reverse in `state_vjp.py`. Either may run beside the other's portable kernel.
+The chain lies in `state.py`, with `launch_state`, its reverse in `state_vjp.py`, with `launch_state_vjp`. Each writes
+the buffers of the portable kernel, so either may run beside the portable kernel of the other.
 """
 
 from __future__ import annotations
