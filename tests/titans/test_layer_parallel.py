@@ -1,4 +1,4 @@
-"""`TitansLinear` in tensor parallel over two processes, without a GPU, and its checkpoints."""
+"""`TitansLinear` in tensor parallel over two processes, and its checkpoints."""
 
 import re
 import sys
@@ -44,8 +44,8 @@ def train(layer: TitansLinear, x: Tensor) -> list[Tensor]:
     for _ in range(3):
         optimizer.zero_grad()
         # in other ways each time: whole, packed, and with padding
-        o = layer(x)[0] + layer(x[:1], cu_seqlens=torch.tensor([0, 3, 7]))[0]
-        o = o + layer(x, attention_mask=(torch.arange(7) > torch.tensor([[2], [-1]])))[0]
+        o = layer(x)[0] + layer(x[:1], cu_seqlens=torch.tensor([0, 3, 7], device=x.device))[0]
+        o = o + layer(x, attention_mask=(torch.arange(7) > torch.tensor([[2], [-1]])).to(x.device))[0]
         loss = o.square().sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
@@ -62,11 +62,14 @@ def decoded(layer: TitansLinear, x: Tensor) -> list[Tensor]:
     return [o, o_t, state.memory.M, state.memory.S, *state.conv]
 
 
-def work(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", RANKS), rank=rank, world_size=RANKS)
-    mesh = init_device_mesh("cpu", (RANKS,))
-    whole, shared = build(), tensor_parallel(build(), mesh)
-    x = tokens()
+def work(rank: int, folder: str, device: str) -> None:
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    backend = {"cpu": "gloo", "cuda": "nccl"}[device]
+    dist.init_process_group(backend, store=dist.FileStore(f"{folder}/store", RANKS), rank=rank, world_size=RANKS)
+    mesh = init_device_mesh(device, (RANKS,))
+    whole, shared = build().to(device), tensor_parallel(build().to(device), mesh)
+    x = tokens().to(device)
     with CommDebugMode() as sent:
         shared(x)
     assert {str(kind): count for kind, count in sent.get_comm_counts().items()} == {"c10d_functional.all_reduce": 1}
@@ -87,7 +90,7 @@ def work(rank: int, folder: str) -> None:
     for layer, y in zip((shared, whole), inputs, strict=True):
         layer(y)[0].square().sum().backward()
     assert torch.equal(rounded(inputs[0].grad), rounded(inputs[1].grad))
-    sharded = fully_shard(build(), mesh=mesh)
+    sharded = fully_shard(build().to(device), mesh=mesh)
     for name, layer in (("heads", shared), ("fsdp", sharded)):
         checkpoint.save(get_model_state_dict(layer), checkpoint_id=f"{folder}/{name}")
         parameters = {key: p.full_tensor() for key, p in layer.state_dict().items()}
@@ -96,11 +99,17 @@ def work(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="gloo over a file")
-def test_a_layer_sharded_by_heads_is_the_layer_and_one_process_loads_its_checkpoint(tmp_path: Path) -> None:
-    multiprocessing.spawn(work, (str(tmp_path),), RANKS)
+TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes meet over a file")
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, TWO_GPUS])])
+def test_a_layer_sharded_by_heads_is_the_layer_and_one_process_loads_its_checkpoint(
+    tmp_path: Path, device: str
+) -> None:
+    multiprocessing.spawn(work, (str(tmp_path), device), RANKS)
     for name in ("heads", "fsdp"):
-        saved = torch.load(tmp_path / f"{name}.pt")
+        saved = torch.load(tmp_path / f"{name}.pt", map_location="cpu")
         layer = build()
         torch.nn.init.zeros_(layer.q_proj.weight)
         parameters = layer.state_dict()
