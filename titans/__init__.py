@@ -4,6 +4,7 @@ from titans.api import chunk_titans_linear, titans_linear, titans_linear_step
 from titans.arguments import TitansState
 from titans.gates import check_gates
 from titans.layer import TitansLinear
+from titans.partition import grid
 from titans.validation import check_layout
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "check_gates",
     "check_layout",
     "chunk_titans_linear",
+    "grid",
     "titans_linear",
     "titans_linear_step",
 ]

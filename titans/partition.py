@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 from titans.arguments import Call
-from titans.validation import check_bounds, check_offsets
+from titans.validation import check_bounds, check_integer, check_offsets, name_of
+
+# the widest heads that the kernels take
+LARGEST = 128
 
 
 def slack(call: Call, chunks: int = 1) -> int:
@@ -67,6 +70,49 @@ def chunks_per_block(C: int, BC: int) -> int:
 def step_rows(C: int, BC: int) -> int:
     """Tokens of a step of the chain at most: those of a block or of a chunk, and 16 for the sake of the products."""
     return min(BC, max(16, 1 << (C - 1).bit_length()))
+
+
+def block_rows(dtype: torch.dtype, D: int) -> int:
+    """Rows of a block of queries of a dtype and width: what fits the multiprocessor, whatever T, B and H are."""
+    return 64 if dtype == torch.bfloat16 else (32 if D <= 64 else 16)
+
+
+def grid(dtype: torch.dtype, D: int, chunk_size: int) -> int:
+    """Return the number of tokens at whose multiples a sequence may be cut without changing a bit.
+
+    On the Triton backend, a sequence that is computed by several calls, each of which resumes from the state that the
+    call before it left, gets the outputs and states of a single call, in every bit, if every cut is at such a place.
+    Places are counted from the start of the chunk in which the sequence began. A cut anywhere else changes roundings
+    only.
+
+    Parameters
+    ----------
+    dtype : torch.dtype
+        Of q, k and v: float32, float16 or bfloat16.
+    D : int
+        Head width, 1 <= D <= 128.
+    chunk_size : int
+        Tokens per chunk, >= 1.
+
+    Returns
+    -------
+    int
+        A multiple of `chunk_size`, or a divisor of it.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument breaks a rule above; the message gives the argument, the rule and the value.
+    """
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"`dtype` must be a torch.dtype, got {type(dtype).__name__}")
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"`dtype` must be float32, float16 or bfloat16, got {name_of(dtype)}")
+    if check_integer("D", D) > LARGEST:
+        raise ValueError(f"`D` must be at most {LARGEST}, got {D}")
+    C, BC = check_integer("chunk_size", chunk_size), block_rows(dtype, D)
+    # every multiple must begin a block, and those of a chunk are counted from its first token
+    return BC if C % BC == 0 else C * chunks_per_block(C, BC)
 
 
 def layout_of(call: Call, BC: int) -> Layout:

@@ -90,7 +90,7 @@ def check_options(eps: Any, chunk_size: Any, backend: Any, q: Tensor, **flags: A
     for name, flag in flags.items():
         if not isinstance(flag, bool):
             raise TypeError(f"`{name}` must be a bool, got {type(flag).__name__}")
-    return _eps(eps, compute_dtype(q.dtype)), _chunk_size(chunk_size)
+    return _eps(eps, compute_dtype(q.dtype)), check_integer("chunk_size", chunk_size)
 
 
 def _eps(eps: Any, dtype: torch.dtype) -> float:
@@ -107,17 +107,18 @@ def _eps(eps: Any, dtype: torch.dtype) -> float:
     return value
 
 
-def _chunk_size(chunk_size: Any) -> int:
+def check_integer(name: str, number: Any) -> int:
+    """`number` must be an integer of at least 1 that 64 bits hold; return it as Python's own."""
     try:
-        if isinstance(chunk_size, bool):
+        if isinstance(number, bool):
             raise TypeError
-        value = operator.index(chunk_size)
+        value = operator.index(number)
     except TypeError:
-        raise TypeError(f"`chunk_size` must be an int, got {type(chunk_size).__name__}") from None
+        raise TypeError(f"`{name}` must be an int, got {type(number).__name__}") from None
     if not 1 <= value < 2**63:
         # nobody reads a longer one, and Python refuses to print it
         shown = value if abs(value) < 2**64 else f"an int of {value.bit_length()} bits"
-        raise ValueError(f"`chunk_size` must be at least 1 and less than 2**63, got {shown}")
+        raise ValueError(f"`{name}` must be at least 1 and less than 2**63, got {shown}")
     return value
 
 

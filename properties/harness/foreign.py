@@ -13,7 +13,7 @@ from torch import Tensor
 
 from oracle import Inputs, bounds
 from properties.harness.containment import undisturbed
-from properties.harness.implementations import CLAIMS, Implementation, chosen
+from properties.harness.implementations import CLAIMS, SAME_BITS, Implementation, chosen, whole_chunks
 from properties.harness.running import LawBroken, pair
 from properties.problems.domain import EVERYWHERE, Domain
 
@@ -23,9 +23,12 @@ IMPLIED = {
     "offset": {"resume"},
     "step": {"offset"},
     "bfloat16": {"half"},
+    "resume_bits": {"resume"},
+    "none_bits": {"initial_state"},
+    "decode_bits": {"step"},
 }
 # The claims that may be declared missing; the rest of `CLAIMS` follows.
-OPTIONAL = CLAIMS - {"step", "batch_invariant"}
+OPTIONAL = CLAIMS - SAME_BITS - {"step"}
 
 
 class State(NamedTuple):
@@ -43,6 +46,7 @@ def foreign(
     lacks: Collection[str] | None = None,
     domain: str | None = None,
     operands: str | None = None,
+    claims: Collection[str] | None = None,
 ) -> Implementation:
     """Return any callable with the signature of `titans.chunk_titans_linear` as an implementation.
 
@@ -53,9 +57,10 @@ def foreign(
         which makes its initial state of M, S, anchor and offset (without it, the type of its final state does); `step`,
         with the signature of `titans.titans_linear_step`; `log_space`, whether it keeps coefficients in logs: True,
         False, or a function of the call, an `oracle.Inputs`; `domain`, a `Domain` or its text; `operands`, "inputs" if
-        it rounds the operands of products to the dtype of q.
+        it rounds the operands of products to the dtype of q; `claims`, an iterable of the claims of law 18 that it
+        makes; `grid`, with the signature of `titans.grid`.
     device : str
-    lacks, domain, operands : collection of str, str, str, or None
+    lacks, domain, operands, claims : collection of str, str, str, collection of str, or None
         Instead of the callable's own.
 
     Returns
@@ -75,11 +80,14 @@ def foreign(
         raise ValueError(
             f"missing claims must be among {', '.join(sorted(OPTIONAL))}, got {', '.join(sorted(unknown))}"
         )
+    more = set(getattr(function, "claims", ()) if claims is None else claims)
+    if unknown := more - SAME_BITS:
+        raise ValueError(f"claims must be among {', '.join(sorted(SAME_BITS))}, got {', '.join(sorted(unknown))}")
     region, narrow = where(function, device, domain), has_operands_of_inputs(function, operands)
     lacking |= region.lacks
     log_space, step = getattr(function, "log_space", False), function_of(function, "step")
     # A function of the call may keep `exact`: numbers fit where gates are linear.
-    lacking |= {"batch_invariant"} | ({"exact"} if log_space is True else set()) | (set() if step else {"step"})
+    lacking |= (SAME_BITS - more) | ({"exact"} if log_space is True else set()) | (set() if step else {"step"})
     for claim, without in IMPLIED.items():
         lacking |= {claim} if without & lacking else set()
     own, adapter = function is titans.chunk_titans_linear, Adapter(function, frozenset(lacking), region)
@@ -92,6 +100,7 @@ def foreign(
         device=device,
         arithmetic=functools.partial(chosen, device) if own else functools.partial(declared, log_space, narrow),
         domain=region,
+        grid=function_of(function, "grid") or whole_chunks,
     )
 
 

@@ -13,6 +13,8 @@ from properties.problems.domain import EVERYWHERE, Domain, OutsideDomain
 
 BACKENDS = ("recurrent", "chunk", "log", "triton")
 DEFAULT = "recurrent,chunk,log,triton"
+# Statements of law 18, each a claim of its own.
+SAME_BITS = frozenset({"batch_invariant", "prefix_bits", "resume_bits", "none_bits", "decode_bits"})
 # Everything an implementation can claim.
 CLAIMS = frozenset(
     {
@@ -27,8 +29,23 @@ CLAIMS = frozenset(
         "log_gates",
         "backward",
     }
-    | {"half", "bfloat16", "float64", "exact", "batch_invariant", "large"}
+    | {"half", "bfloat16", "float64", "exact", "large"}
+    | SAME_BITS
 )
+
+
+# Of the dtype of q, D and the chunk length.
+Grid = Callable[[torch.dtype, int, int], int]
+
+
+def whole_chunks(dtype: torch.dtype, D: int, C: int) -> int:
+    """Return the grid of an implementation that starts afresh with every chunk."""
+    return C
+
+
+def every_token(dtype: torch.dtype, D: int, C: int) -> int:
+    """Return the grid of an implementation that starts afresh with every token."""
+    return 1
 
 
 @dataclass(frozen=True, repr=False)
@@ -51,6 +68,10 @@ class Implementation:
         Of the profile's number of examples: slow ones get fewer.
     domain : Domain
         Where it is defined: nothing outside is ever called.
+    grid : callable
+        At multiples of how many tokens it resumes with the bits of one call: see `titans.grid`.
+    decoding : callable
+        Makes of a state, as `state` makes it, the one that `step` continues with the bits of one call.
     """
 
     name: str
@@ -62,6 +83,8 @@ class Implementation:
     arithmetic: Callable[[Inputs], bounds.ErrorModel] = lambda inputs: bounds.arithmetic_for(inputs.q.dtype)
     share: float = 1.0
     domain: Domain = EVERYWHERE
+    grid: Grid = whole_chunks
+    decoding: Callable[[Any], Any] = lambda state: state
 
     @property
     def left(self) -> tuple[str, ...]:
@@ -94,14 +117,18 @@ def implementation(backend: str, device: str) -> Implementation:
 
     if backend not in BACKENDS:
         raise ValueError(f"a backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    # A library's products may depend on the shape, and shapes on the other tokens and sequences of a call.
+    shaped = SAME_BITS - {"none_bits"}
     lacks = {
+        # Its products have the shape of one token of all sequences, always.
         "recurrent": {"batch_invariant"},
-        "chunk": {"batch_invariant"},
+        "chunk": shaped,
         # The exponential of a sum of logs is not the exact product.
-        "log": {"batch_invariant", "exact"},
-        # Its interpreter takes bfloat16 for something else, and its time.
-        "triton": {"float64"} | (set() if device == "cuda" else {"bfloat16", "large"}),
+        "log": shaped | {"exact"},
+        # Its interpreter takes bfloat16 for something else, and its time. Its step follows the definition.
+        "triton": {"float64", "decode_bits"} | (set() if device == "cuda" else {"bfloat16", "large"}),
     }
+    grids: dict[str, Grid] = {"triton": titans.grid, "recurrent": every_token}
     if (backend, device) == ("triton", "cpu"):
         patch_once()
     call: Callable[..., Any] = titans.chunk_titans_linear
@@ -115,6 +142,7 @@ def implementation(backend: str, device: str) -> Implementation:
         device=device,
         arithmetic=functools.partial(arithmetic, backend, device),
         share=share_of(backend, device),
+        grid=grids.get(backend, whole_chunks),
     )
 
 

@@ -48,6 +48,8 @@ class Property:
         Whether a problem exercises the law: one that Hypothesis invents and that does not is rejected.
     any_size : bool
         Whether it is made for large problems: where a domain has no others, it has its examples all the same.
+    cheap : bool
+        Whether its problems are as they are for those, too, that do not claim `large`: no law costs less than this one.
     """
 
     law: Law
@@ -56,6 +58,7 @@ class Property:
     share: float
     about: About = lambda implementation, problem: True
     any_size: bool = False
+    cheap: bool = False
 
     @property
     def name(self) -> str:
@@ -75,7 +78,7 @@ class Property:
             Counts the example.
         """
         recorder = recorder or Recorder()
-        problem = problem.restricted(implementation.claims)
+        problem = self.restricted(problem, implementation)
         found: Found = []
         try:
             with limited(recorder.seconds), answering():
@@ -99,9 +102,13 @@ class Property:
             recorder.example(self.name, problem, found, half)
         return found
 
+    def restricted(self, problem: Problem, implementation: Implementation) -> Problem:
+        """Return the nearest problem that an implementation with its claims takes."""
+        return problem.restricted(implementation.claims | ({"large"} if self.cheap else set()))
+
     def posed(self, implementation: Implementation, problem: Problem) -> Problem | None:
         """Return the most similar problem of an implementation's claims and domain; None if it exercises nothing."""
-        nearest = implementation.domain.nearest(problem.restricted(implementation.claims))
+        nearest = implementation.domain.nearest(self.restricted(problem, implementation))
         return nearest if self.about(implementation, nearest) else None
 
     def test(self, recorder: Recorder | None = None, share: float = 1.0, **options: Any) -> Test:
@@ -150,6 +157,7 @@ def law(
     share: float = 1.0,
     about: About = Property.about,
     any_size: bool = False,
+    cheap: bool = False,
 ) -> Callable[[Law], Test]:
     """Make a property of a function of an implementation and a problem.
 
@@ -160,12 +168,12 @@ def law(
     problems : strategy of Problem
     needs : iterable of str
         Claims without which the law says nothing.
-    share, about, any_size
+    share, about, any_size, cheap
         See `Property`.
     """
 
     def decorate(function: Law) -> Test:
-        found = Property(function, problems, frozenset(needs), share, about, any_size)
+        found = Property(function, problems, frozenset(needs), share, about, any_size, cheap)
         PROPERTIES[found.name] = found
         return pytest.mark.law(*numbers, needs=found.needs)(found.test())
 

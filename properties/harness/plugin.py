@@ -42,7 +42,7 @@ PROBLEM = pytest.StashKey[Problem | None]()
 SUBJECTS = pytest.StashKey[dict[str, Implementation]]()
 OPTIONS = pytest.StashKey[Sequence[tuple[str, str]]]()
 # What the command line says of `--impl`, instead of the callable itself.
-DECLARED = ("--impl-lacks", "--impl-domain", "--impl-operands")
+DECLARED = ("--impl-lacks", "--impl-claims", "--impl-domain", "--impl-operands")
 RECORDER = pytest.StashKey[Recorder]()
 
 
@@ -53,6 +53,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--backends", default=DEFAULT, help=f"which of {','.join(BACKENDS)} to verify ({DEFAULT})")
     group.addoption("--impl", metavar="MODULE:CALLABLE", help="verify this instead of the backends")
     group.addoption("--impl-lacks", metavar="CLAIMS", help="missing claims, instead of its own `lacks`")
+    group.addoption("--impl-claims", metavar="CLAIMS", help="claims of law 18, instead of its own `claims`")
     group.addoption("--impl-domain", metavar="RULES", help="where it is defined, such as 'D=64,128 C=64 T%%C=0'")
     group.addoption("--impl-operands", metavar="DTYPE", help="inputs: it rounds operands of products to q's dtype")
     group.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where the implementations run (cpu)")
@@ -150,7 +151,7 @@ def repeated(config: pytest.Config) -> list[str]:
 def subjects(config: pytest.Config) -> dict[str, Implementation]:
     """Return by name the implementations that the options name."""
     target, device = config.getoption("--impl"), config.getoption("--device")
-    lacks, domain, operands = said = tuple(config.getoption(name) for name in DECLARED)
+    lacks, more, domain, operands = said = tuple(config.getoption(name) for name in DECLARED)
     if target is None:
         if missing := [name for name, value in zip(DECLARED, said, strict=True) if value is not None]:
             raise ValueError(f"{' and '.join(missing)} needs --impl")
@@ -158,8 +159,8 @@ def subjects(config: pytest.Config) -> dict[str, Implementation]:
         return {name: implementations.implementation(name, device) for name in names}
     if config.getoption("--backends") != DEFAULT:
         raise ValueError("--impl and --backends exclude each other")
-    lacking = None if lacks is None else [claim for claim in lacks.split(",") if claim]
-    return {target: foreign(target, device, lacking, domain, operands)}
+    lacking, claims = (x and [claim for claim in x.split(",") if claim] for x in (lacks, more))
+    return {target: foreign(target, device, lacking, domain, operands, claims)}
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:

@@ -94,6 +94,37 @@ def segment(inputs: Inputs, span: slice) -> Inputs:
     return replace(inputs, **tokens)
 
 
+def stretch(inputs: Inputs, spans: Sequence[tuple[int, int]], packed: bool | None = None) -> tuple[Inputs, list[int]]:
+    """Return some tokens of each sequence, with its initial state.
+
+    Parameters
+    ----------
+    inputs : Inputs
+    spans : sequence of (int, int)
+        From where to where, counted in the sequence. Those of a batch have one length.
+    packed : bool or None
+        Whether the result is packed; None: as the call is.
+
+    Returns
+    -------
+    Inputs
+    list of int
+        The row of each token of the result, among all rows of the call.
+    """
+    T = inputs.q.shape[1]
+    packed = inputs.cu_seqlens is not None if packed is None else packed
+    index = [
+        row * T + begin + t for (row, begin, _), span in zip(inputs.sequences, spans, strict=True) for t in range(*span)
+    ]
+    rows = 1 if packed else len(spans)
+    shape = (rows, len(index) // rows)
+    tokens: dict[str, Any] = {
+        name: (x := getattr(inputs, name)).flatten(0, 1)[index].reshape(*shape, *x.shape[2:]) for name in TOKENS
+    }
+    bounds = np.cumsum([0, *(end - begin for begin, end in spans)])
+    return replace(inputs, **tokens, cu_seqlens=tuple(map(int, bounds)) if packed else None), index
+
+
 def resumed(inputs: Inputs, state: Results) -> Inputs:
     """Return the call with the state that another one left."""
     offset = tuple(state["offset"].tolist()) if "offset" in state else None

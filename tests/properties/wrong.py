@@ -518,6 +518,59 @@ class DefaultDtypeMatters(Definition):
         return (o * (third * 3).double()).to(o.dtype) if third.dtype == torch.float64 else o * (1 + 2**-9), state
 
 
+class LengthMatters(Definition):
+    """In calls of an odd number of tokens outputs are a bit off."""
+
+    def finish(self, o: Tensor, state: State, tensors: list[Tensor], wanted: bool) -> tuple[Tensor, State]:
+        return o * (1 + tensors[0].shape[1] % 2 * 2 * torch.finfo(o.dtype).eps), state
+
+
+class LengthMattersBackward(Definition):
+    """In calls of an odd number of tokens gradients are a bit off."""
+
+    def finish(self, o: Tensor, state: State, tensors: list[Tensor], wanted: bool) -> tuple[Tensor, State]:
+        odd = tensors[0].shape[1] % 2
+        return Scaled.apply(o, lambda do: do * (1 + odd * 2 * torch.finfo(do.dtype).eps)), state
+
+
+class RoundsTheMomentum(Definition):
+    """A momentum that is handed over loses its last bits."""
+
+    def finish(self, o: Tensor, state: State, tensors: list[Tensor], wanted: bool) -> tuple[Tensor, State]:
+        return o, state._replace(S=state.S.half().to(state.S.dtype))
+
+
+class PlaceInTheBatchMatters(Definition):
+    """Every other sequence starts a bit off."""
+
+    def start(self, state: State, n: int, previous: State | None) -> tuple[Tensor, Tensor, Tensor, int]:
+        M, S, A, offset = super().start(state, n, previous)
+        return M * (1 + n % 2 * 4 * torch.finfo(M.dtype).eps) + n % 2 * 2.0**-9, S, A, offset
+
+
+class BatchMattersBackward(Definition):
+    """In a batch gradients are a bit off."""
+
+    def finish(self, o: Tensor, state: State, tensors: list[Tensor], wanted: bool) -> tuple[Tensor, State]:
+        several = len(o) > 1
+        return Scaled.apply(o, lambda do: do * (1 + several * 2 * torch.finfo(do.dtype).eps)), state
+
+
+class StartsElsewhere(Definition):
+    """A sequence without an initial state does not start at exactly zero."""
+
+    def initial(self, given: Any, N: int, q: Tensor, dtype: torch.dtype) -> State:
+        state = super().initial(given, N, q, dtype)
+        return state if given is not None else state._replace(M=state.M + 2.0**-9)
+
+
+class OneTokenMatters(Definition):
+    """In calls of one token outputs are a bit off."""
+
+    def finish(self, o: Tensor, state: State, tensors: list[Tensor], wanted: bool) -> tuple[Tensor, State]:
+        return o * (1 + (tensors[0].shape[1] == 1) * 2 * torch.finfo(o.dtype).eps), state
+
+
 class NoEps(Definition):
     """eps is left out of the norm."""
 
@@ -542,5 +595,5 @@ def stepper(definition: Callable[..., Any]) -> Callable[..., Any]:
 def implementation(definition: Definition) -> Implementation:
     return Implementation(
         name=type(definition).__name__, call=definition, step=stepper(definition), state=State,
-        claims=CLAIMS - {"batch_invariant"},
+        claims=CLAIMS,
     )  # fmt: skip

@@ -1,12 +1,15 @@
 """Pieces: every token is in exactly one, none crosses a chunk, and a chain visits those of a sequence in order."""
 
+import re
 from itertools import pairwise, product
+from typing import Any
 
 import pytest
 import torch
 
+from titans import grid
 from titans.arguments import Call
-from titans.partition import Pieces, cut, max_pieces
+from titans.partition import Pieces, block_rows, chunks_per_block, cut, max_pieces
 
 CPU = torch.device("cpu")
 CASES = [
@@ -119,3 +122,36 @@ def test_max_pieces_is_a_bound() -> None:
         for r in range(C):
             bound = max_pieces(call((T, T), False, C, torch.tensor([r, r])))
             assert bound >= sum(map(len, wanted([T, T], C, [r, r])))
+
+
+def starts_of_blocks(C: int, BC: int, T: int) -> set[int]:
+    """Where the blocks of T tokens begin, by the rule of `titans.kernels.block`."""
+    NB, PER = -(-C // BC), chunks_per_block(C, BC)
+    return {first for i in range(T) if (first := i // NB * C * PER + i % NB * BC) < T}
+
+
+@pytest.mark.parametrize("D", [16, 64, 65, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_blocks_begin_on_the_grid_and_on_no_finer_one(dtype: torch.dtype, D: int) -> None:
+    for C in (*range(1, 140), 192, 200, 256, 512, 1000):
+        starts, g = starts_of_blocks(C, block_rows(dtype, D), 12 * max(C, 64)), grid(dtype, D, C)
+        finest = min(step for step in range(1, g + 1) if {*range(0, 4 * max(C, 64), step)} <= starts)
+        assert (g, g % C == 0 or C % g == 0) == (finest, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (("float32", 64, 16), TypeError, "`dtype` must be a torch.dtype, got str"),
+        ((torch.float64, 64, 16), ValueError, "`dtype` must be float32, float16 or bfloat16, got float64"),
+        ((torch.int64, 64, 16), ValueError, "`dtype` must be float32, float16 or bfloat16, got int64"),
+        ((torch.float32, 129, 16), ValueError, "`D` must be at most 128, got 129"),
+        ((torch.float32, 0, 16), ValueError, "`D` must be at least 1 and less than 2**63, got 0"),
+        ((torch.float32, 64.0, 16), TypeError, "`D` must be an int, got float"),
+        ((torch.float32, 64, 0), ValueError, "`chunk_size` must be at least 1 and less than 2**63, got 0"),
+        ((torch.float32, 64, True), TypeError, "`chunk_size` must be an int, got bool"),
+    ],
+)
+def test_a_grid_is_asked_for_by_what_the_kernels_take(arguments: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        grid(*arguments)

@@ -32,9 +32,8 @@ from titans.kernels.tile import (
     tile_of,
     where_of,
 )
-from titans.partition import Layout, layout_of, step_rows
+from titans.partition import LARGEST, Layout, layout_of, step_rows
 
-LARGEST = 128
 # inside a block of 64 tokens, offsets are 32 bits wide
 WIDEST = 2**31 // 64
 FARTHEST = 2**31

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from titans.arguments import Call
 from titans.partition import Layout, layout_of, owners
+from titans.partition import block_rows as block_rows_of
 
 INTERPRETED = triton.knobs.runtime.interpret
 
@@ -133,8 +134,8 @@ _tile = functools.cache(Tile)
 
 
 def block_rows(q: Tensor) -> int:
-    """Rows of a block: what fits the multiprocessor."""
-    return 64 if q.dtype == torch.bfloat16 else (32 if q.shape[-1] <= 64 else 16)
+    """Rows of a block of queries like `q`."""
+    return block_rows_of(q.dtype, q.shape[-1])
 
 
 def max_slots(call: Call) -> int:
