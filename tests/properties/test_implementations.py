@@ -5,11 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import titans
 from properties.harness.comparing import check
 from properties.harness.foreign import OPTIONAL, Adapter, foreign
-from properties.harness.implementations import CLAIMS
+from properties.harness.implementations import CLAIMS, SAME_BITS
 from properties.harness.laws import PROPERTIES
 from properties.harness.running import call, tensors
 from properties.problems.problem import Problem
@@ -88,8 +89,10 @@ def test_resuming_from_the_memory_alone_is_caught() -> None:
         (["--impl", "titans:no_such_name"], "cannot be imported: AttributeError"),
         (["--impl", "tests.properties.adapted:NOT_CALLABLE"], "must be callable, got int"),
         (["--impl", "titans:chunk_titans_linear", "--impl-lacks", "speed"], "must be among .*, got speed"),
+        (["--impl", "titans:chunk_titans_linear", "--impl-claims", "speed"], "claims must be among .*, got speed"),
         (["--impl", "titans:chunk_titans_linear", "--backends", "chunk"], "exclude each other"),
         (["--impl-lacks", "half"], "--impl-lacks needs --impl"),
+        (["--impl-claims", "none_bits"], "--impl-claims needs --impl"),
     ],
 )
 def test_a_mistake_in_the_options_is_one_message(options: list[str], message: str) -> None:
@@ -104,6 +107,25 @@ def test_what_depends_on_a_lacking_claim_is_lacking_too(claim: str) -> None:
     assert claim not in claims
     assert not ({"resume"} & claims and not {"initial_state", "final_state"} <= claims)
     assert not ({"offset"} & claims and "resume" not in claims)
+
+
+def test_claims_of_the_same_bits_are_made_by_those_who_say_so() -> None:
+    target = "tests.properties.adapted:token_by_token"
+    claimed = foreign(target, "cpu").claims & SAME_BITS
+    assert claimed == {"prefix_bits", "resume_bits"}
+    assert not foreign("titans:titans_linear", "cpu").claims & SAME_BITS
+    assert foreign(target, "cpu", claims=["none_bits"]).claims & SAME_BITS == {"none_bits"}
+    # Nobody resumes with the same bits who does not resume.
+    assert "resume_bits" not in foreign(target, "cpu", ["resume"]).claims
+
+
+def test_the_grid_is_the_implementations_own() -> None:
+    law, problem = PROPERTIES["test_resuming_on_the_grid_gives_the_bits_of_one_call"], Problem(lengths=(5,), D=2, C=4)
+    subject = foreign("tests.properties.adapted:token_by_token", "cpu")
+    assert (subject.grid(torch.float32, 2, 4), SUBJECT.grid(torch.float32, 2, 4)) == (3, 4)
+    assert law.posed(subject, problem)
+    assert law.check(subject, problem)
+    assert not law.posed(subject, replace(problem, lengths=(3,)))
 
 
 def test_the_adapter_in_the_readme_passes(tmp_path: Path) -> None:
