@@ -10,7 +10,7 @@ from properties.harness.comparing import Found, check
 from properties.harness.implementations import Implementation
 from properties.harness.laws import law
 from properties.problems.problem import Problem
-from properties.problems.strategies import MILD_VALUES, explicit, gates, problems
+from properties.problems.strategies import CALM_THETAS, MILD_VALUES, explicit, gates, problems
 
 ENDS = ("0", "1", "2^-149", "2^-126", "2^-1", "1-2^-24")
 FADING = tuple(f"1-2^-{n}" for n in range(1, 25))
@@ -61,6 +61,27 @@ def test_the_chunked_form_is_the_recurrence_for_any_length(implementation: Imple
 @law("5.1", "5.14", problems=two_chunks_and_more(33, 48, 65), share=0.3)
 def test_the_chunked_form_is_the_recurrence_for_long_chunks(implementation: Implementation, problem: Problem) -> Found:
     # A kernel may cut a chunk into blocks.
+    return check(implementation, problem)
+
+
+def beside_a_long_chunk(problem: Problem) -> Problem:
+    """Return the same with a few chunks, or for an odd seed with fewer tokens than a chunk has."""
+    few = problem.lengths[0] * problem.C // 9
+    chunks = 0 if problem.seed % 2 else max(2, 800 // problem.C)
+    return replace(problem, lengths=(chunks * problem.C + few,))
+
+
+@law(
+    "5.1", "5.14",
+    problems=problems(
+        C=(200, 129, 256, 512), D=(2, 1), most=8, shortest=1, heads=1, sequences=1, packed=False, wild=False,
+        dtypes=("float32", "float64"), initial=("M", "full", "none"), k="unit 0", theta=st.sampled_from(CALM_THETAS),
+    ).map(beside_a_long_chunk),
+    share=0.06,
+)  # fmt: skip
+def test_the_chunked_form_is_the_recurrence_for_chunks_of_hundreds(
+    implementation: Implementation, problem: Problem
+) -> Found:
     return check(implementation, problem)
 
 
