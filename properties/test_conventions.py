@@ -1,7 +1,8 @@
 """How the op is called changes nothing: law 20."""
 
+import functools
 from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 
 from oracle import Cotangents, Inputs
-from properties.harness.comparing import Found, same, same_bits
+from properties.harness.comparing import Found, answer, check_inputs, same, same_bits
+from properties.harness.containment import at_once
 from properties.harness.implementations import Implementation
 from properties.harness.laws import law
 from properties.harness.running import Results, backward, call, expect, run, tensors
@@ -48,10 +50,10 @@ def with_call(implementation: Implementation, change: Callable[..., Any]) -> Imp
 @law("5.20", problems=ANY, share=SHARE)
 def test_the_grad_mode_changes_no_value(implementation: Implementation, problem: Problem) -> Found:
     inputs = problem.inputs()
-    records = "backward" in implementation.claims
-    plain = values(recorded(implementation, inputs)[0]) if records else run(implementation, inputs)
-    found: Found = []
-    for mode in (nullcontext, torch.no_grad, torch.inference_mode):
+    plain, found = answer(implementation, problem, gradients=False)
+    if "backward" in implementation.claims:
+        found += same_bits(plain, values(recorded(implementation, inputs)[0]))
+    for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             found += same_bits(plain, run(implementation, inputs))
     return found
@@ -60,8 +62,7 @@ def test_the_grad_mode_changes_no_value(implementation: Implementation, problem:
 @law("5.20", problems=ANY, needs=["backward"], share=SHARE)
 def test_the_tensors_that_require_gradients_change_no_result(implementation: Implementation, problem: Problem) -> Found:
     inputs, cotangents = problem.inputs(), problem.cotangents()
-    plain, names = run(implementation, inputs, cotangents), [*tensors(inputs)]
-    found: Found = []
+    (plain, found), names = answer(implementation, problem), [*tensors(inputs)]
     for seed in (problem.seed, 2 ** (problem.seed % len(names))):
         wanted = [name for i, name in enumerate(names) if seed >> i & 1]
         outputs, leaves = recorded(implementation, inputs, wanted)
@@ -70,9 +71,9 @@ def test_the_tensors_that_require_gradients_change_no_result(implementation: Imp
     return found
 
 
-@law("5.20", problems=ANY, needs=["backward", "final_state"], share=SHARE)
+@law("5.20", problems=problems(wild=False, most=12, cotangent="o"), needs=["backward", "final_state"], share=SHARE)
 def test_gradients_need_no_final_state(implementation: Implementation, problem: Problem) -> Found:
-    inputs, cotangents = problem.inputs(), Cotangents(problem.cotangents().o)
+    plain, found = answer(implementation, problem)
 
     def without(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         o, nothing = call(*arguments[:-1], False, **options)
@@ -80,8 +81,8 @@ def test_gradients_need_no_final_state(implementation: Implementation, problem: 
         return o, nothing
 
     alone = replace(implementation, claims=implementation.claims - {"final_state", "resume", "offset"})
-    results = run(with_call(alone, without), inputs, cotangents)
-    return same_bits(results, run(implementation, inputs, cotangents))
+    results = run(with_call(alone, without), problem.inputs(), problem.cotangents())
+    return found + same_bits(results, plain)
 
 
 @law("5.20", problems=ANY, needs=["backward"], share=SHARE)
@@ -89,23 +90,23 @@ def test_a_cotangent_may_be_expanded_or_missing(implementation: Implementation, 
     inputs = problem.inputs()
     outputs, leaves = recorded(implementation, inputs)
     ones = {name: torch.ones_like(x.detach(), device="cpu") for name, x in outputs.items() if name != "offset"}
-    wanted = run(implementation, inputs, Cotangents(**ones))
+    wanted, found = check_inputs(implementation, inputs, Cotangents(**ones))
     connected = [name for name in ones if outputs[name].requires_grad]
     if not connected:
         return []
     torch.autograd.backward([outputs[name].sum() for name in connected])
-    found = same_bits({name: wanted[f"d{name}"] for name in leaves}, gradients_of(leaves))
+    found += same_bits({f"d{name}": wanted[f"d{name}"] for name in leaves}, gradients_of(leaves))
     # Zeros are no cotangent: the numbers are equal, but for the signs of zeros.
     outputs, leaves = recorded(implementation, inputs)
     zeros = [(torch.ones_like if name == "o" else torch.zeros_like)(outputs[name]) for name in connected]
     torch.autograd.backward([outputs[name] for name in connected], zeros)
     alone = run(implementation, inputs, Cotangents(ones["o"]))
-    return found + same({name: alone[f"d{name}"] for name in leaves}, gradients_of(leaves))
+    return found + same({f"d{name}": alone[f"d{name}"] for name in leaves}, gradients_of(leaves))
 
 
 def gradients_of(leaves: Results) -> Results:
     """Return the accumulated gradients: zeros where nothing has arrived."""
-    return {name: torch.zeros_like(x).cpu() if x.grad is None else x.grad.cpu() for name, x in leaves.items()}
+    return {f"d{name}": torch.zeros_like(x).cpu() if x.grad is None else x.grad.cpu() for name, x in leaves.items()}
 
 
 @law("5.20", problems=ANY, needs=["backward"], share=SHARE)
@@ -121,8 +122,8 @@ def test_a_cotangent_that_is_no_number_stays_in_its_sequence_and_head(
     t = problem.seed % (end - begin)
     do = cotangents.o.clone()
     do[row, begin + t, h, 0] = torch.nan
-    clean, dirty = (run(implementation, inputs, replace(cotangents, o=x)) for x in (cotangents.o, do))
-    found: Found = []
+    clean, found = answer(implementation, problem)
+    dirty = run(implementation, inputs, replace(cotangents, o=do))
     heads, others = range(problem.H - 1), [x for x in range(problem.sequences) if x != n]
     for part in (Part(inputs, range(problem.sequences), heads), Part(inputs, others, range(problem.H))):
         chosen = [part.select_all({name: x for name, x in y.items() if name != "offset"}) for y in (clean, dirty)]
@@ -132,25 +133,12 @@ def test_a_cotangent_that_is_no_number_stays_in_its_sequence_and_head(
 
 @law("5.20", problems=ANY, needs=["backward"], share=SHARE)
 def test_a_second_backward_gives_the_same_bits(implementation: Implementation, problem: Problem) -> Found:
-    inputs, cotangents = problem.inputs(), problem.cotangents()
-    outputs, leaves = recorded(implementation, inputs)
-    given = {name: x for name, x in vars(cotangents).items() if x is not None and name in outputs}
-    ends = {name: x for name, x in given.items() if outputs[name].requires_grad}
-    if not ends:
-        return []
-    found: Results | None = None
+    (plain, found), cotangents = answer(implementation, problem), problem.cotangents()
+    outputs, leaves = recorded(implementation, problem.inputs())
     for _ in range(2):
-        gradients = torch.autograd.grad(
-            [outputs[name] for name in ends],
-            list(leaves.values()),
-            [x.to(implementation.device) for x in ends.values()],
-            retain_graph=True,
-            materialize_grads=True,
-        )
-        now = values(dict(zip(leaves, gradients, strict=True)))
-        compared = same_bits(found or now, now)
-        found = now
-    return compared
+        gradients = backward(outputs, leaves, cotangents, retain_graph=True)
+        found += same_bits({name: plain[name] for name in gradients}, values(gradients))
+    return found
 
 
 @law("5.20", problems=ANY, share=SHARE)
@@ -160,14 +148,16 @@ def test_inputs_may_share_memory(implementation: Implementation, problem: Proble
     q, k, v = torch.stack([given[name] for name in PROJECTED], 2).unbind(2)
     theta, alpha, eta = torch.stack([given[name] for name in GATES], -1).unbind(-1)
     fused = given | {"q": q, "k": k, "v": v, "theta": theta, "alpha": alpha, "eta": eta}
-    found = same_bits(run(implementation, inputs, flowing), run(implementation, inputs, flowing, fused))
+    plain, found = answer(implementation, problem)
+    found += same_bits(plain, run(implementation, inputs, flowing, fused))
     # The same tensor twice, and one state for all sequences.
     expanded = {name: given[name][:1].expand_as(given[name]) for name in ("M", "S") if name in given}
     alike = given | expanded | {"q": given["k"]}
     if "anchor" in given:
         alike["anchor"] = alike["M"]
-    apart = {name: x.clone(memory_format=torch.contiguous_format) for name, x in alike.items()}
-    return found + same_bits(run(implementation, inputs, flowing, apart), run(implementation, inputs, flowing, alike))
+    apart: dict[str, Any] = {name: x.cpu().clone(memory_format=torch.contiguous_format) for name, x in alike.items()}
+    plain, others = check_inputs(implementation, replace(inputs, **apart), flowing)
+    return found + others + same_bits(plain, run(implementation, inputs, flowing, alike))
 
 
 @law("5.20", problems=problems(wild=False, most=12, dtypes=("float32",)), needs=["half"], share=SHARE)
@@ -179,7 +169,7 @@ def test_the_same_numbers_in_other_dtypes_give_the_same_results(
     names = {"w", "b", *GATES} | ({"M"} if inputs.S is None else set())
     given = tensors(inputs)
     half = {name: x.to(narrow) if name in names else x for name, x in given.items()}
-    single = {name: x.to(given[name].dtype) for name, x in half.items()}
+    single: dict[str, Any] = {name: x.to(given[name].dtype) for name, x in half.items()}
 
     def other_integers(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         *rest, start, wanted = arguments
@@ -189,10 +179,10 @@ def test_the_same_numbers_in_other_dtypes_give_the_same_results(
             start = implementation.state(start.M, start.S, start.anchor, start.offset.int())
         return call(*rest, start, wanted, **options)
 
-    plain = run(implementation, inputs, flowing, single)
+    plain, found = check_inputs(implementation, replace(inputs, **single), flowing)
     narrowed = run(with_call(implementation, other_integers), inputs, flowing, half)
     expected = {name: x.to(narrowed[name].dtype) for name, x in plain.items()}
-    return same(expected, narrowed, [name for name in expected if name != "offset"])
+    return found + same(expected, narrowed, [name for name in expected if name != "offset"])
 
 
 @law("5.20", problems=ANY, share=SHARE)
@@ -218,7 +208,8 @@ def test_a_tensor_that_was_changed_in_place_is_read_again(implementation: Implem
 
     subject = with_call(implementation, in_place)
     run(subject, first)
-    return same_bits(run(implementation, second), run(subject, second))
+    plain, found = check_inputs(implementation, second, None)
+    return found + same_bits(plain, run(subject, second))
 
 
 def fields_of(start: Any) -> tuple[Tensor, ...]:
@@ -236,28 +227,43 @@ def without_tokens(problem: Problem) -> Problem:
 @law("5.20", problems=ANY | ANY.map(without_tokens), share=SHARE)
 def test_results_share_no_memory_with_arguments(implementation: Implementation, problem: Problem) -> Found:
     inputs = problem.inputs()
+    plain, found = answer(implementation, problem, gradients=False)
     leaves = {name: x.to(implementation.device) for name, x in tensors(inputs).items()}
     before = values({name: x.clone() for name, x in leaves.items()})
     with torch.no_grad():
         outputs = call(implementation, inputs, leaves)
+        found += same_bits(plain, values(outputs))
         for x in outputs.values():
             x.fill_(7)
-    return same(before, values(leaves))
+    # The arguments are no results, and not counted.
+    same(before, values(leaves))
+    return found
 
 
 @law("5.20", problems=ANY, share=SHARE)
 def test_other_calls_before_and_between_change_nothing(implementation: Implementation, problem: Problem) -> Found:
     inputs, cotangents = problem.inputs(), problem.cotangents()
     other = replace(problem, seed=problem.seed + 1, C=problem.C + 1, alpha="constant 2^-2", theta="constant 0")
-    first = run(implementation, inputs, cotangents)
-    beside = run(implementation, other.inputs(), other.cotangents())
+    (first, found), (beside, others) = answer(implementation, problem), answer(implementation, other)
+    found += others
     if "backward" not in implementation.claims:
-        return same_bits(first, run(implementation, inputs)) + same_bits(beside, run(implementation, other.inputs()))
+        found += same_bits(first, run(implementation, inputs))
+        return found + same_bits(beside, run(implementation, other.inputs()))
     # The backward of a call after the forward of another.
     one, two = recorded(implementation, inputs), recorded(implementation, other.inputs())
-    found: Found = []
     for (outputs, leaves), flowing, wanted in ((one, cotangents, first), (two, other.cotangents(), beside)):
         found += same_bits(wanted, values(outputs | backward(outputs, leaves, flowing)))
+    return found
+
+
+@law("5.20", problems=ANY, needs=["threads"], share=0.2)
+def test_calls_of_several_threads_at_once_change_nothing(implementation: Implementation, problem: Problem) -> Found:
+    other = replace(problem, seed=problem.seed + 1)
+    (first, found), (second, others) = answer(implementation, problem), answer(implementation, other)
+    found += others
+    calls = [functools.partial(run, implementation, x.inputs(), x.cotangents()) for x in (problem, other, problem)]
+    for wanted, results in zip((first, second, first), at_once(calls), strict=True):
+        found += same_bits(wanted, results)
     return found
 
 
@@ -284,8 +290,7 @@ def surroundings(device: str) -> Iterator[tuple[str, AbstractContextManager[Any]
 @law("5.20", problems=ANY, share=SHARE)
 def test_what_is_set_around_a_call_changes_nothing(implementation: Implementation, problem: Problem) -> Found:
     inputs, cotangents = problem.inputs(), problem.cotangents()
-    plain = run(implementation, inputs, cotangents)
-    found: Found = []
+    plain, found = answer(implementation, problem)
     for _, around in surroundings(implementation.device):
         with around:
             found += same_bits(plain, run(implementation, inputs, cotangents))

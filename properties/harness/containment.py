@@ -10,11 +10,11 @@ import threading
 import traceback
 import unittest
 import warnings
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from properties.harness.implementations import Implementation
 from properties.harness.waiting import Hanging
 from properties.problems.domain import OutsideDomain
 
+Result = TypeVar("Result")
 # Everything that a verdict is made with.
 PACKAGES = ("oracle", "properties")
 LENT = (torch, torch.Tensor, torch.autograd, torch.linalg, np, np.linalg, math, builtins)
@@ -39,6 +40,12 @@ SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (np.geterr, lambda how: np.seterr(**how)),
     (os.getcwd, os.chdir),
 )
+
+
+# Whether a thread is one of `at_once`, which contains all of them together.
+THREAD = threading.local()
+# Seconds between two switches of threads: as many as possible.
+RESTLESS = 1e-6
 
 
 class Misconduct(AssertionError):
@@ -92,6 +99,9 @@ def answering() -> Generator[None]:
 @contextmanager
 def undisturbed() -> Generator[None]:
     """Undo all that an implementation changes in this process, and refuse that it changes functions of others."""
+    if getattr(THREAD, "contained", False):
+        yield
+        return
     settings, functions = [get() for get, _ in SETTINGS], [(x, dict(vars(x))) for x in lent(len(sys.modules))]
     try:
         with answering(), warnings.catch_warnings(), kept_alive():
@@ -158,6 +168,35 @@ def is_its_own(owner: Any, name: str, function: Any) -> bool:
     code = getattr(function, "__code__", None)
     named = getattr(function, "__name__", None) == name
     return named and folder is not None and code is not None and code.co_filename.startswith(folder + os.sep)
+
+
+def at_once(functions: Sequence[Callable[[], Result]]) -> list[Result]:
+    """Call some functions of an implementation at the same time, in a thread each, and return their results."""
+    start, results = threading.Barrier(len(functions)), dict[int, Result]()
+    errors: list[BaseException] = []
+
+    def one(i: int) -> None:
+        THREAD.contained = True
+        try:
+            start.wait()
+            results[i] = functions[i]()
+        except BaseException as error:
+            errors.append(error)
+
+    interval = sys.getswitchinterval()
+    with undisturbed():
+        threads = [threading.Thread(target=one, args=(i,), daemon=True) for i in range(len(functions))]
+        sys.setswitchinterval(RESTLESS)
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        finally:
+            sys.setswitchinterval(interval)
+        if errors:
+            raise errors[0]
+    return [results[i] for i in range(len(functions))]
 
 
 def contained(implementation: Implementation) -> Implementation:

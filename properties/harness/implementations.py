@@ -29,7 +29,7 @@ CLAIMS = frozenset(
         "log_gates",
         "backward",
     }
-    | {"half", "bfloat16", "float64", "exact", "large"}
+    | {"half", "bfloat16", "float64", "exact", "large", "threads"}
     | SAME_BITS
 )
 
@@ -125,8 +125,9 @@ def implementation(backend: str, device: str) -> Implementation:
         "chunk": shaped,
         # The exponential of a sum of logs is not the exact product.
         "log": shaped | {"exact"},
-        # Its interpreter takes bfloat16 for something else, and its time. Its step follows the definition.
-        "triton": {"float64", "decode_bits"} | (set() if device == "cuda" else {"bfloat16", "large"}),
+        # Its interpreter takes bfloat16 for something else, and its time, and has one grid for all threads. Its step
+        # follows the definition.
+        "triton": {"float64", "decode_bits"} | (set() if device == "cuda" else {"bfloat16", "large", "threads"}),
     }
     grids: dict[str, Grid] = {"triton": titans.grid, "recurrent": every_token}
     if (backend, device) == ("triton", "cpu"):

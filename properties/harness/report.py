@@ -256,7 +256,7 @@ def worst_cases(verdicts: list[Verdict]) -> list[str]:
     now = [ratio for row in laws for name, ratio in row.tightness.items() if name.startswith("ratchet ")]
     stored = ratchet.read()
     worse = sum(
-        error > stored.get(ratchet.subject(row.implementation, row.device), {}).get(key, (0.0, ""))[0]
+        error > stored.get(ratchet.subject(row.implementation, row.device), {}).get(key, (math.inf, ""))[0]
         for row in verdicts
         for key, (error, _) in ratchet.measured(row).items()
     )

@@ -101,7 +101,7 @@ def pair(returned: Any) -> tuple[Tensor, Any]:
     return returned[0], returned[1]
 
 
-def backward(outputs: Results, leaves: Results, cotangents: Cotangents) -> Results:
+def backward(outputs: Results, leaves: Results, cotangents: Cotangents, retain_graph: bool = False) -> Results:
     """Return the gradients; an output without a cotangent, or with one of zeros, is left out of the backward pass."""
     flowing = [
         (outputs[name], x.to(outputs[name].device))
@@ -115,7 +115,7 @@ def backward(outputs: Results, leaves: Results, cotangents: Cotangents) -> Resul
     if flowing:
         ends, inflow = zip(*flowing, strict=True)
         with undisturbed():
-            gradients = torch.autograd.grad(ends, list(leaves.values()), inflow, allow_unused=True)
+            gradients = torch.autograd.grad(ends, list(leaves.values()), inflow, retain_graph, allow_unused=True)
     pairs = zip(leaves.items(), gradients, strict=True)
     return {f"d{name}": torch.zeros_like(x) if dx is None else dx.detach() for (name, x), dx in pairs}
 

@@ -4,6 +4,8 @@ import os
 import random
 import re
 import signal
+import sys
+import threading
 import time
 import warnings
 from typing import Any
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from properties.harness.containment import Misconduct, answering, heed_interrupts, interrupted, undisturbed
+from properties.harness.containment import Misconduct, answering, at_once, heed_interrupts, interrupted, undisturbed
 from properties.harness.facts import Recorder
 from properties.harness.foreign import foreign
 from properties.harness.laws import PROPERTIES
@@ -174,3 +176,20 @@ def test_a_run_of_an_implementation_that_evades_it_fails(subject: str) -> None:
     output = run_suite(law, *run, fails=1)
     assert re.search(r"values_are_the_oracles +FAIL", output), output
     assert re.search(r"replay: pytest 'properties/\S+' --impl \S+ --example-timeout 1\.0 --replay", output)
+
+
+def test_calls_of_several_threads_are_contained_together() -> None:
+    leave, interval = os._exit, sys.getswitchinterval()
+    meeting = threading.Barrier(2)
+    assert at_once([lambda: (meeting.wait(), 1)[1], lambda: (meeting.wait(), 2)[1]]) == [1, 2]
+
+    def changes() -> None:
+        torch.set_default_dtype(torch.float64)
+        with undisturbed():
+            time.sleep(0.01)
+
+    at_once([changes, changes])
+    assert (os._exit, sys.getswitchinterval(), torch.get_default_dtype()) == (leave, interval, torch.float32)
+    for misdeed in (lambda: os._exit(0), lambda: pytest.skip("not in this thread")):
+        with pytest.raises(Misconduct):
+            at_once([lambda: None, misdeed])

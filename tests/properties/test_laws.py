@@ -87,6 +87,7 @@ CATCHES: dict[str, type[Definition]] = {
     "test_a_tensor_that_was_changed_in_place_is_read_again": wrong.CachesByAddress,
     "test_results_share_no_memory_with_arguments": wrong.ReturnsItsArgument,
     "test_other_calls_before_and_between_change_nothing": wrong.KeepsGatesOfTheLastCall,
+    "test_calls_of_several_threads_at_once_change_nothing": wrong.SharesAmongThreads,
     "test_what_is_set_around_a_call_changes_nothing": wrong.DefaultDtypeMatters,
     "test_the_outputs_of_a_prefix_are_the_prefix_of_the_outputs": wrong.LengthMatters,
     "test_tokens_behind_the_loss_change_no_gradient": wrong.LengthMattersBackward,

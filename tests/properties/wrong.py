@@ -1,5 +1,6 @@
 """The definition in plain PyTorch, and versions of it with one mistake each: what the suite must catch."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -508,6 +509,19 @@ class KeepsGatesOfTheLastCall(Definition):
     def finish(self, o: Tensor, state: State, tensors: list[Tensor], wanted: bool) -> tuple[Tensor, State]:
         self.latest = now = float(tensors[0].detach().double().sum())
         return Scaled.apply(o, lambda do: do if self.latest == now else do / 2), state
+
+
+@dataclass
+class SharesAmongThreads(Definition):
+    """The outputs of a call lie where another thread may write its own."""
+
+    workspace: Any = None
+
+    def finish(self, o: Tensor, state: State, tensors: list[Tensor], wanted: bool) -> tuple[Tensor, State]:
+        self.workspace = mine = tensors[0]
+        # Long enough for the others.
+        time.sleep(2e-3)
+        return o * (1 + (self.workspace is not mine) * 4 * torch.finfo(o.dtype).eps), state
 
 
 class DefaultDtypeMatters(Definition):
