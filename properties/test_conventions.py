@@ -47,7 +47,7 @@ def with_call(implementation: Implementation, change: Callable[..., Any]) -> Imp
     return replace(implementation, call=changed)
 
 
-@law("5.20", problems=ANY, share=SHARE)
+@law("5.20", "5.18", problems=ANY, share=SHARE)
 def test_the_grad_mode_changes_no_value(implementation: Implementation, problem: Problem) -> Found:
     inputs = problem.inputs()
     plain, found = answer(implementation, problem, gradients=False)
@@ -59,7 +59,7 @@ def test_the_grad_mode_changes_no_value(implementation: Implementation, problem:
     return found
 
 
-@law("5.20", problems=ANY, needs=["backward"], share=SHARE)
+@law("5.20", "5.18", problems=ANY, needs=["backward"], share=SHARE)
 def test_the_tensors_that_require_gradients_change_no_result(implementation: Implementation, problem: Problem) -> Found:
     inputs, cotangents = problem.inputs(), problem.cotangents()
     (plain, found), names = answer(implementation, problem), [*tensors(inputs)]
