@@ -48,22 +48,6 @@ def every_token(dtype: torch.dtype, D: int, C: int) -> int:
     return 1
 
 
-@dataclass(frozen=True)
-class Decoding:
-    """The states that a step continues with the bits of one call: here those of the call itself.
-
-    Parameters
-    ----------
-    begin : callable
-        Makes one of a state of the call, the dtype of the tokens and the chunk length.
-    end : callable
-        Makes a state of the call of one.
-    """
-
-    begin: Callable[[Any, torch.dtype, int], Any] = lambda state, dtype, C: state
-    end: Callable[[Any], Any] = lambda state: state
-
-
 @dataclass(frozen=True, repr=False)
 class Implementation:
     """Something to verify.
@@ -86,8 +70,9 @@ class Implementation:
         Where it is defined: nothing outside is ever called.
     grid : callable
         At multiples of how many tokens it resumes with the bits of one call: see `titans.grid`.
-    decoding : Decoding
-        The states that `step` continues with the bits of one call.
+    decoding, decoded : callable
+        Makes of a final state of `call`, and of the dtype of tokens, the state that `step` continues with the bits of
+        one call; and of such a state a final one.
     """
 
     name: str
@@ -100,7 +85,8 @@ class Implementation:
     share: float = 1.0
     domain: Domain = EVERYWHERE
     grid: Grid = whole_chunks
-    decoding: Decoding = Decoding()
+    decoding: Callable[[Any, torch.dtype], Any] = lambda state, dtype: state
+    decoded: Callable[[Any], Any] = lambda state: state
 
     @property
     def left(self) -> tuple[str, ...]:
