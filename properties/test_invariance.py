@@ -36,7 +36,7 @@ def before(problem: Problem) -> list[tuple[int, int]]:
 
 
 # Longer than a block of the kernels, as the interpreter runs them.
-LONG = uncut(C=(16, 48, 3, 40, 32, 64, 8, 200, 1), shortest=34, most=80, cells=160)
+LONG = uncut(C=(16, 48, 3, 40, 32, 64, 8, 200, 1), heads=1, shortest=34, most=80, cells=100)
 
 
 @law("5.18", problems=split(LONG), needs=["prefix_bits"], share=0.7, cheap=True)
@@ -147,7 +147,9 @@ def check_passed(implementation: Implementation, problem: Problem, backward: boo
         # Sums over all sequences are not those of one.
         names = [name for name in results if name not in ("offset", "dw", "db")]
         own = part.select_all({name: results[name] for name in names})
-        found += same_bits({name: x.flatten() for name, x in wanted.items()}, {n: own[n].flatten() for n in wanted})
+        # A gradient of zero may have either sign.
+        compared = same if backward else same_bits
+        found += compared({name: x.flatten() for name, x in wanted.items()}, {n: own[n].flatten() for n in wanted})
         wanted = wanted or own
     return found
 

@@ -32,6 +32,7 @@ def uncut(
     shortest: int = 1,
     most: int = 100,
     cells: int = 200,
+    heads: int = 2,
     sequences: int = 2,
     fewest: int = 1,
     packed: bool | None = None,
@@ -47,6 +48,8 @@ def uncut(
         The choices, the plainest first.
     shortest, most, cells : int
         At least and most so many tokens in a sequence; at most so many in all heads of all sequences.
+    heads : int
+        At most so many.
     fewest, sequences : int
         At least and most so many sequences.
     packed : bool or None
@@ -54,7 +57,7 @@ def uncut(
     **fixed
         Fields of `Problem`, or strategies for them.
     """
-    chunk, N, H = draw(st.sampled_from(C)), draw(st.integers(fewest, sequences)), draw(st.integers(1, 2))
+    chunk, N, H = draw(st.sampled_from(C)), draw(st.integers(fewest, sequences)), draw(st.integers(1, heads))
     is_packed, state = draw(st.booleans()) if packed is None else packed, draw(st.sampled_from(initial))
     # Short chunks are many steps.
     room = max(shortest, min(most, cells // (N * H), 40 if chunk < 4 else most))
