@@ -25,7 +25,7 @@ help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 properties: $(ready) ## check every law on examples that Hypothesis draws; the main job
-	$(python) -m pytest -n auto $(PYTEST_FLAGS) properties/
+	$(python) -m pytest -n auto --progress $(PYTEST_FLAGS) properties/
 
 test: $(ready) ## run the unit tests, those of the suite itself too
 	$(python) -m pytest -n auto $(PYTEST_FLAGS) tests/

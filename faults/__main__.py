@@ -26,6 +26,7 @@ from hypothesis import Phase, settings
 
 from faults.answers import keep_answers
 from faults.plant import ROOT, Fault, load, plant
+from faults.quick import Kill, collect, measure
 from properties.harness.draws import COMMON
 from properties.harness.facts import Recorder
 from properties.harness.implementations import Implementation, implementation, share_of
@@ -147,8 +148,20 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the generated examples (0)")
     parser.add_argument("-n", type=int, default=len(os.sched_getaffinity(0)), help="processes (one per core)")
     parser.add_argument("--json", type=Path, help="write the outcomes here, too")
+    parser.add_argument(
+        "--quick", action="store_true", help="see how soon `properties verify --quick` kills each fault"
+    )
+    parser.add_argument("--budget", type=float, default=60, help="the seconds of such a run (60)")
+    parser.add_argument("--collect", action="store_true", help="store the problems that a quick run begins with")
+    parser.add_argument("--backend", help="only the faults of this backend")
     options = parser.parse_args()
-    faults = [fault for fault in load() if options.select in fault.name]
+    faults = [fault for fault in load() if options.select in fault.name and options.backend in (None, fault.backend)]
+    if options.collect:
+        return bool(collect(faults))
+    if options.quick:
+        kills = measure(faults, options.budget, options.n)
+        write(options.json, kills)
+        return not all(kill.law for kill in kills)
     outcomes = []
     # A fresh child for each: a fault is planted where the op has never been imported.
     assert "titans" not in sys.modules
@@ -166,9 +179,14 @@ def main() -> int:
             print(report(outcomes[-1]), flush=True)
     missed = [x.fault for x in outcomes if x.missing or not x.caught]
     print(f"{len(outcomes) - len(missed)} of {len(outcomes)} faults caught by every law that must; seed {options.seed}")
-    if options.json:
-        options.json.write_text(json.dumps([asdict(x) for x in outcomes], indent=1) + "\n")
+    write(options.json, outcomes)
     return bool(missed)
+
+
+def write(path: Path | None, outcomes: Sequence[Outcome | Kill]) -> None:
+    """Write what was found, where a file was asked for."""
+    if path:
+        path.write_text(json.dumps([asdict(x) for x in outcomes], indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -74,15 +74,20 @@ def replayed(implementation: Implementation, law: str, problem: Problem, enough:
     return min(errors)
 
 
+def replay_a_case(implementation: Implementation, case: str, stored: tuple[float, str], recorder: Recorder) -> None:
+    """Compare the error of a stored worst case, named "law dtype", with the stored one."""
+    error, problem = stored
+    limit = WORSE * max(error, ONE_ROUNDING)
+    now = replayed(implementation, case.partition(" ")[0], Problem.from_json(problem), limit, recorder)
+    recorder.ratio(f"ratchet {case}", now / error)
+    if now > limit:
+        raise LawBroken(f"{case}: the error was {error:.6g} ulp and is {now:.6g} ulp, of {problem}")
+
+
 @pytest.mark.law("4.4", needs=frozenset())
 def test_ratchet(implementation: Implementation, recorder: Recorder) -> None:
-    stored = ratchet.read().get(ratchet.subject(implementation.name, implementation.device), {})
-    if not stored:
+    cases = ratchet.read().get(ratchet.subject(implementation.name, implementation.device), {})
+    if not cases:
         pytest.skip("worst cases in ratchet.json")
-    for key, (error, problem) in stored.items():
-        limit = WORSE * max(error, ONE_ROUNDING)
-        law = key.partition(" ")[0]
-        now = replayed(implementation, law, Problem.from_json(problem), limit, recorder)
-        recorder.ratio(f"ratchet {key}", now / error)
-        if now > limit:
-            raise LawBroken(f"{key}: the error was {error:.6g} ulp and is {now:.6g} ulp, of {problem}")
+    for case, stored in cases.items():
+        replay_a_case(implementation, case, stored, recorder)

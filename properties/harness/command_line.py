@@ -2,14 +2,16 @@
 
 import json
 import math
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
 from hypothesis.errors import InvalidArgument
 
-from properties.harness import files
+from properties.harness import files, headers, report
 from properties.problems.problem import Problem
 
 
@@ -55,8 +57,7 @@ def check_files(config: pytest.Config) -> None:
     """Refuse results in files that cannot be written, or raise ValueError; a result of an earlier run is removed."""
     if (path := config.getoption("--verdicts")) is not None:
         try:
-            about = {"about": ["the run has not ended"], "shard": None, "profile": "", "seed": "", "verdicts": []}
-            files.write(path, json.dumps(about) + "\n")
+            report.write_json(path, [], unended())
         except OSError as error:
             raise ValueError(f"--verdicts must name a file that can be written: {error}") from error
     if path := config.getoption("xmlpath", None):
@@ -64,6 +65,11 @@ def check_files(config: pytest.Config) -> None:
             files.check(Path(path))
         except OSError as error:
             raise ValueError(f"--junitxml must name a file that can be written: {error}") from error
+
+
+def unended() -> dict[str, Any]:
+    """Return the header of a run that has not ended."""
+    return headers.header("", time.monotonic(), ["the run has not ended"], profile="", seed="")
 
 
 def read_problem(given: str | None) -> Problem | None:

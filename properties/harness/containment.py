@@ -56,7 +56,7 @@ interrupted = threading.Event()
 
 
 def heed_interrupts() -> Callable[[], Any]:
-    """Tell Ctrl-C from a KeyboardInterrupt that an implementation raises; return the function that ends this."""
+    """Tell Ctrl-C and SIGTERM from a KeyboardInterrupt of an implementation; return the function that ends this."""
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(before):
         return lambda: None
@@ -66,7 +66,27 @@ def heed_interrupts() -> Callable[[], Any]:
         return before(number, frame)
 
     signal.signal(signal.SIGINT, handle)
-    return lambda: signal.signal(signal.SIGINT, before)
+    ending = terminated_as_interrupted()
+    ending.__enter__()
+
+    def end() -> None:
+        ending.__exit__(None, None, None)
+        signal.signal(signal.SIGINT, before)
+
+    return end
+
+
+@contextmanager
+def terminated_as_interrupted() -> Generator[None]:
+    """Take SIGTERM for Ctrl-C, in the main thread: what was judged until then is shown."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def is_ordinary(error: BaseException) -> bool:

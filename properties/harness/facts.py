@@ -202,8 +202,9 @@ class Verdict(Facts):
     test : str
         Its node id.
     law, implementation, device : str
-    verdict : {"pass", "fail", "not claimed", "error"}
-        "error": the test has no result, since it did not get as far as its law or its process died.
+    verdict : {"pass", "pass (quick)", "fail", "not claimed", "error"}
+        "pass (quick)": no example of a run that ended with its time failed. "error": the test has no result, since it
+        did not get as far as its law, its process died or the time was up.
     sections : tuple of str
         Of `SPEC.md`.
     lacking : tuple of str
@@ -220,3 +221,13 @@ class Verdict(Facts):
     sections: tuple[str, ...] = ()
     lacking: tuple[str, ...] = ()
     domain: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether no example failed."""
+        return self.verdict in ("pass", "pass (quick)")
+
+    @property
+    def went_wrong(self) -> bool:
+        """Whether an example failed, or the test has no result."""
+        return self.verdict in ("fail", "error")

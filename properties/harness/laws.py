@@ -50,6 +50,8 @@ class Property:
         Whether it is made for large problems: where a domain has no others, it has its examples all the same.
     cheap : bool
         Whether its problems are as they are for those, too, that do not claim `large`: no law costs less than this one.
+    sections : tuple of str
+        Of `SPEC.md`.
     """
 
     law: Law
@@ -59,11 +61,17 @@ class Property:
     about: About = lambda implementation, problem: True
     any_size: bool = False
     cheap: bool = False
+    sections: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         """The name of its test."""
         return self.law.__name__
+
+    @property
+    def file(self) -> str:
+        """The file of its test, without its ending."""
+        return self.law.__module__.rpartition(".")[2]
 
     def check(self, implementation: Implementation, problem: Problem, recorder: Recorder | None = None) -> Found:
         """Put a problem before an implementation, and return the comparisons: none, if there is nothing to compare.
@@ -173,7 +181,7 @@ def law(
     """
 
     def decorate(function: Law) -> Test:
-        found = Property(function, problems, frozenset(needs), share, about, any_size, cheap)
+        found = Property(function, problems, frozenset(needs), share, about, any_size, cheap, numbers)
         PROPERTIES[found.name] = found
         return pytest.mark.law(*numbers, needs=found.needs)(found.test())
 

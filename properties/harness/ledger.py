@@ -11,7 +11,7 @@ from properties.harness.facts import Recorder, Verdict
 from properties.harness.implementations import Implementation
 
 # The worst comes first: of several verdicts on one test the first of these holds.
-ORDER = ("error", "fail", "pass", "not claimed")
+ORDER = ("error", "fail", "pass (quick)", "pass", "not claimed")
 
 
 class Ledger:
@@ -33,6 +33,8 @@ class Ledger:
         self.crashes: dict[str, pytest.TestReport] = {}
         # Why the results could not be stored.
         self.trouble = ""
+        # How many tests the run did not come to.
+        self.unjudged = 0
 
     @property
     def verdicts(self) -> list[Verdict]:
@@ -42,7 +44,7 @@ class Ledger:
     @property
     def exit_status(self) -> pytest.ExitCode:
         """The exit status that the verdicts amount to, whatever pytest's own is."""
-        wrong = any(row.verdict in ("fail", "error") for row in self.verdicts)
+        wrong = any(row.went_wrong for row in self.verdicts)
         wrong = wrong or bool(report.too_many_ill_conditioned(self.verdicts))
         return pytest.ExitCode.TESTS_FAILED if wrong else pytest.ExitCode.OK
 
@@ -99,6 +101,7 @@ class Ledger:
                 ended.node = getattr(crash, "node", None)  # type: ignore[attr-defined]
                 config.hook.pytest_runtest_logreport(report=ended)
             elif test not in self.rows:
+                self.unjudged += 1
                 why = "the run ended before this test had a verdict"
                 config.hook.pytest_runtest_logreport(report=synthetic(test, about, "failed", why, "setup"))
                 config.hook.pytest_runtest_logreport(report=synthetic(test, about, "passed", None, "teardown"))

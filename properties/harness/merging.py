@@ -1,12 +1,12 @@
 """The verdicts of several runs as those of one: of the shards of a run, or of runs on several machines."""
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from properties.harness import report
+from properties.harness import report, sections
 from properties.harness.facts import Verdict
 from properties.harness.ledger import ORDER
 from properties.harness.sharding import Shard
@@ -30,6 +30,8 @@ class Run:
     about : tuple of str
         The header of the run: versions, machine, implementations.
     verdicts : tuple of Verdict
+    header : dict
+        All that the file says beside the verdicts.
     """
 
     path: Path
@@ -37,18 +39,22 @@ class Run:
     settings: tuple[str, ...]
     about: tuple[str, ...]
     verdicts: tuple[Verdict, ...]
+    header: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> "Run":
         """Read a file, or raise ValueError."""
         try:
             content = json.loads(path.read_text())
+            if (version := content["schema"]) != report.SCHEMA:
+                raise ValueError(f"`schema` must be {report.SCHEMA}, got {version!r}")
             return cls(
                 path,
                 Shard.parse(content["shard"] or "1/1"),
                 (content["profile"], content["seed"]),
                 tuple(content["about"]),
                 tuple(verdict(fields) for fields in content["verdicts"]),
+                {name: x for name, x in content.items() if name not in ("schema", "verdicts")},
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a file of --verdicts: {type(error).__name__}: {error}") from error
@@ -102,10 +108,16 @@ def named(numbers: Iterable[int], of: Iterable[int]) -> str:
     return ", ".join(f"{number}/{max(of)}" for number in numbers)
 
 
-def together(rows: Sequence[Verdict]) -> Verdict:
-    """Return the verdict of all shards on one law and implementation: sums of counts, and worst cases."""
-    # What no shard draws, every shard runs whole.
-    total = max if rows[0].law in report.REPLAYED else sum
+def together(rows: Sequence[Verdict], replayed: Collection[str] = sections.REPLAYED) -> Verdict:
+    """Return the verdict of all shards on one law and implementation: sums of counts, and worst cases.
+
+    Parameters
+    ----------
+    rows : sequence of Verdict
+    replayed : collection of str
+        The laws that every shard runs whole: they count once.
+    """
+    total = max if rows[0].law in replayed else sum
     counts = {name: total(getattr(row, name) for row in rows) for name in COUNTS}
     said: dict[str, tuple[int, ...]] = {}
     for name in dict.fromkeys(name for row in rows for name in row.said):

@@ -4,6 +4,8 @@ import argparse
 import json
 import os
 import platform
+import shlex
+import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +24,9 @@ from properties.harness import (
     crash_isolation,
     draws,
     files,
+    headers,
     implementations,
+    progress,
     ratchet,
     report,
     sharding,
@@ -44,6 +48,8 @@ OPTIONS = pytest.StashKey[Sequence[tuple[str, str]]]()
 # What the command line says of `--impl`, instead of the callable itself.
 DECLARED = ("--impl-lacks", "--impl-claims", "--impl-domain", "--impl-operands")
 RECORDER = pytest.StashKey[Recorder]()
+# When the run began, by `time.monotonic`.
+BEGIN = pytest.StashKey[float]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -63,6 +69,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--example-timeout", metavar="SECONDS", type=float, default=600, help="an example that takes longer fails (600)"
     )
     group.addoption("--verdicts", metavar="FILE", type=Path, help="write the verdict on each law as JSON")
+    group.addoption("--progress", action="store_true", help="show how far the run has come, and how long it may take")
+    group.addoption("--progress-to", metavar="DESCRIPTOR", type=int, help=argparse.SUPPRESS)
     group.addoption("--reports-to", metavar="FILE", help=argparse.SUPPRESS)
     group.addoption("--update-ratchet", action="store_true", help="store the worst errors of this run, none larger")
     group.addoption("--raise-ratchet", action="store_true", help="store the worst errors of this run, larger ones too")
@@ -84,6 +92,7 @@ def share_failures() -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     """Use one thread in each worker; keep the options that a replay command repeats."""
+    config.stash[BEGIN] = time.monotonic()
     with refusing_mistakes():
         command_line.check(config)
     config.addinivalue_line("markers", "law(*sections, needs): the sections of SPEC.md a property comes from")
@@ -126,6 +135,7 @@ def pytest_configure(config: pytest.Config) -> None:
             command_line.check_files(config)
     config.stash[LEDGER] = Ledger(config.stash[SUBJECTS].values(), config.stash[OPTIONS])
     config.pluginmanager.register(config.stash[LEDGER], "titans-ledger")
+    progress.watch(config, waiting.STDERR)
 
 
 @contextmanager
@@ -175,6 +185,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
         f"titans: {about}{','.join(subjects)} on {config.getoption('--device')} ({devices()}), "
         f"profile {settings.get_current_profile_name()} ({settings().max_examples} examples per law)",
         *(claims if config.getoption("--impl") else []),
+        *([f"titans: {progress.takes(config)}"] if config.getoption("--progress") else []),
     ]
 
 
@@ -296,6 +307,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         return
     ledger = config.stash[LEDGER]
     ledger.complete(config)
+    if not ledger.unjudged:
+        progress.keep_duration(config, time.monotonic() - config.stash[BEGIN])
     session.exitstatus = session.exitstatus or ledger.exit_status
     try:
         store(config, ledger)
@@ -310,12 +323,14 @@ def store(config: pytest.Config, ledger: Ledger) -> None:
     if raising or config.getoption("--update-ratchet"):
         ratchet.update(ledger.verdicts, raising)
     if path := config.getoption("--verdicts"):
-        about = {
-            "about": pytest_report_header(config),
-            "shard": config.getoption("--shard"),
-            "profile": settings.get_current_profile_name(),
-            "seed": str(config.getoption("--hypothesis-seed")),
-        }
+        about = headers.header(
+            shlex.join(("pytest", *config.invocation_params.args)),
+            config.stash[BEGIN],
+            pytest_report_header(config),
+            profile=settings.get_current_profile_name(),
+            seed=str(config.getoption("--hypothesis-seed")),
+            shard=config.getoption("--shard"),
+        )
         report.write_json(path, ledger.verdicts, about)
 
 
@@ -329,5 +344,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     terminalreporter.section("verdicts")
     for line in (*report.table(seen), *report.failures(seen), *report.summary(seen)):
         terminalreporter.write_line(line)
+    if unjudged := config.stash[LEDGER].unjudged:
+        of = len(config.stash[LEDGER].collected)
+        terminalreporter.write_line(f"not complete: {unjudged} of {of} tests were not run", red=True)
     if trouble := report.too_many_ill_conditioned(seen):
         terminalreporter.write_line(f"FAIL: {trouble}", red=True)

@@ -74,7 +74,7 @@ def test_shards_are_complete_and_of_one_run() -> None:
         merge([run_of(1, LAW, replace(LAW, test="u[x]")), run_of(2)])
 
 
-@pytest.mark.parametrize("text", ["", "{}", '{"shard": "3/2"}'])
+@pytest.mark.parametrize("text", ["", "{}", '{"schema": 1, "shard": "3/2"}', '{"schema": 2}'])
 def test_another_file_is_refused(tmp_path: Path, text: str) -> None:
     (path := tmp_path / "x.json").write_text(text)
     with pytest.raises(ValueError, match="is not a file of --verdicts"):

@@ -1,0 +1,225 @@
+"""What a quick run does next, and how each law stands."""
+
+import time
+from dataclasses import dataclass, field, replace
+
+from properties.harness import corpus
+from properties.harness.corpus import RATCHET, Row, Task
+from properties.harness.facts import Facts, Recorder, Verdict
+from properties.harness.laws import PROPERTIES
+from properties.harness.merging import together
+from properties.harness.subjects import Subject
+from properties.harness.worker import Answer, Ready, size
+
+# The seconds that some fresh problems should take together, and how many they are at most.
+BATCH, MOST = 0.4, 20
+# A problem of this size is shown as it is: see `worker.size`.
+SMALL = 4
+# The examples of a law with share 1 in a full run: the profile `dev`.
+FULL = 50
+# The share of the time that may go into looking for smaller problems.
+SHRINKING = 0.5
+
+
+@dataclass
+class Standing:
+    """How a row stands.
+
+    Attributes
+    ----------
+    facts : dict of int: Facts
+        By the process that found them.
+    trouble, outside : str
+        Why it has no result; why it cannot be stated inside the domain.
+    waiting : int
+        Tasks that were not answered.
+    seconds : float
+        The time that its tasks have taken.
+    drawn : int
+        How many times fresh problems were drawn.
+    slow, shrunk : bool
+        Whether an example did not end in time; whether a smaller problem that fails was looked for.
+    """
+
+    facts: dict[int, Facts] = field(default_factory=dict)
+    trouble: str = ""
+    outside: str = ""
+    waiting: int = 0
+    seconds: float = 0.0
+    drawn: int = 0
+    slow: bool = False
+    shrunk: bool = False
+
+    def total(self, name: str) -> int:
+        """Return a count of all processes."""
+        return sum(getattr(facts, name) for facts in self.facts.values())
+
+    @property
+    def pace(self) -> float:
+        """The seconds that an example takes."""
+        return self.seconds / max(1, self.total("calls"))
+
+    @property
+    def failed(self) -> bool:
+        """Whether an example failed."""
+        return any(facts.failing_call for facts in self.facts.values())
+
+    @property
+    def open(self) -> bool:
+        """Whether more examples may say more."""
+        nowhere = self.outside and not self.total("compared")
+        return not (self.failed or self.trouble or self.slow or nowhere)
+
+    @property
+    def large(self) -> bool:
+        """Whether the problem that fails may be larger than it must be."""
+        problems = [facts.failing_problem for facts in self.facts.values() if facts.failing_call]
+        return any(size(problem)[0] > SMALL for problem in problems)
+
+
+class Schedule:
+    """The tasks of a quick run, and the verdicts that follow from the answers.
+
+    Parameters
+    ----------
+    subject : Subject
+    ready : Ready
+        What is verified.
+    seed : int
+        Of the fresh examples.
+    end : float
+        When no task may run any more, by `time.monotonic`.
+    select : str
+        Only the laws, fixtures and worst cases with this in their name.
+    """
+
+    def __init__(self, subject: Subject, ready: Ready, seed: int, end: float, select: str = "") -> None:
+        self.subject, self.ready, self.seed, self.end, self.select = subject, ready, seed, end, select
+        self.begin, self.shrinking = time.monotonic(), 0.0
+        self.rows = {name: row for name, row in corpus.rows().items() if select in row.test(ready.name)}
+        self.of = {name: row for name, row in self.rows.items() if PROPERTIES[name].needs <= ready.claims}
+        known = corpus.known(ready.name, subject.device, ready.claims, corpus.killers(subject.target))
+        self.known = [task for task in reversed(known) if select in task.row.test(ready.name)]
+        rows = dict.fromkeys((*self.of.values(), *(task.row for task in reversed(self.known))))
+        self.standing = {row: Standing() for row in rows}
+        for task in self.known:
+            self.standing[task.row].waiting += 1
+
+    @property
+    def left(self) -> float:
+        """The seconds that are left."""
+        return self.end - time.monotonic()
+
+    @property
+    def broken(self) -> int:
+        """How many rows went wrong."""
+        return sum(now.failed or bool(now.trouble) for now in self.standing.values())
+
+    def next(self) -> Task | None:
+        """Return the next task: what is known, then a smaller problem for a failure, then fresh ones."""
+        while self.known:
+            known = self.known.pop()
+            if self.standing[known.row].open:
+                return known
+            self.standing[known.row].waiting -= 1
+        task = self.shrink() or self.fresh()
+        if task:
+            self.standing[task.row].waiting += 1
+        return task
+
+    def shrink(self) -> Task | None:
+        """Return the search for a smaller problem, where one is due."""
+        if self.shrinking > SHRINKING * (time.monotonic() - self.begin):
+            return None
+        for row in self.of.values():
+            now = self.standing[row]
+            if now.failed and now.large and not (now.shrunk or now.waiting):
+                now.shrunk = True
+                return Task(row, shrink=True)
+        return None
+
+    def fresh(self) -> Task | None:
+        """Return fresh problems of the law that has had the smallest part of its share, if one still fits in."""
+        rows = [x for x in self.of.values() if self.standing[x].open and self.standing[x].pace < self.left]
+        if not rows:
+            return None
+        row = min(rows, key=lambda x: (self.standing[x].total("calls") + self.standing[x].waiting) / share(x))
+        now = self.standing[row]
+        now.drawn += 1
+        count = round(min(BATCH, self.left) / max(now.pace, 1e-3))
+        return Task(row, seed=self.seed * 10**6 + now.drawn, count=min(MOST, max(1, count)))
+
+    def note(self, process: int, task: Task, answer: Answer) -> None:
+        """Keep an answer of a process."""
+        now = self.standing[task.row]
+        now.facts[process] = answer.facts
+        now.trouble, now.outside = now.trouble or answer.trouble, now.outside or answer.outside
+        now.slow |= answer.slow
+        now.waiting -= 1
+        if task.shrink:
+            self.shrinking += answer.seconds
+        else:
+            now.seconds += answer.seconds
+
+    def mourn(self, task: Task, why: str) -> None:
+        """Note that a process died of a task."""
+        now = self.standing[task.row]
+        now.trouble = now.trouble or why
+        now.waiting -= 1
+
+    def verdicts(self, why: str) -> list[Verdict]:
+        """Return the verdict on each row; `why` says why some may have none."""
+        found = [self.standing_of(row, why) for row in dict.fromkeys((*self.rows.values(), *self.standing))]
+        if RATCHET in self.standing or self.select not in RATCHET.law:
+            return found
+        return [*found, self.unclaimed(RATCHET, ("worst cases in ratchet.json",))]
+
+    def said(self, interrupted: bool) -> list[str]:
+        """Return how much was checked, and how much less than in a full run that is."""
+        seen = {row: self.standing[row].total("compared") for row in self.of.values()}
+        open_ = [row for row in seen if self.standing[row].open]
+        fewer = [row for row in open_ if seen[row] < FULL * share(row)]
+        never = sum(not (now.facts or now.trouble) for now in self.standing.values())
+        lines = [f"titans: interrupted: {never} of {len(self.standing)} laws and fixtures not judged"]
+        return lines * interrupted + [
+            f"titans: quick: {sum(seen.values())} examples of {len(seen)} laws; {len(fewer)} laws without a failure "
+            "have had fewer than in a full run",
+        ]
+
+    def standing_of(self, row: Row, why: str) -> Verdict:
+        """Return the verdict on a row."""
+        if row not in self.standing:
+            return self.unclaimed(row, tuple(sorted(PROPERTIES[row.law].needs - self.ready.claims)))
+        now = self.standing[row]
+        found = together([self.verdict(row, facts) for facts in now.facts.values() or [Facts()]], replayed=())
+        if now.failed:
+            return replace(found, verdict="fail")
+        if now.trouble or not (now.total("compared") or (row.fixture and now.facts)):
+            if now.outside and not now.trouble:
+                return replace(found, verdict="not claimed")
+            slow = "an example takes too long for a quick run: the whole suite judges this law" if now.slow else ""
+            again = Recorder(row.test(self.ready.name), self.subject.options).command
+            return replace(found, verdict="error", message=now.trouble or slow or why, replay=again)
+        return found
+
+    def unclaimed(self, row: Row, lacking: tuple[str, ...]) -> Verdict:
+        """Return the verdict on a law that needs more than is claimed."""
+        return replace(self.verdict(row, Facts()), verdict="not claimed", lacking=lacking)
+
+    def verdict(self, row: Row, facts: Facts) -> Verdict:
+        """Return the verdict on a row as one process sees it."""
+        return Verdict(
+            test=row.test(self.ready.name),
+            law=row.law,
+            implementation=self.ready.name,
+            verdict="fail" if facts.failing_call else "pass (quick)",
+            device=self.subject.device,
+            sections=row.sections,
+            domain=self.ready.domain,
+            **facts.as_dict(),
+        )
+
+
+def share(row: Row) -> float:
+    """Return the share of the examples that a law has in a full run."""
+    return PROPERTIES[row.law].share
