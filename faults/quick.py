@@ -81,7 +81,7 @@ def quick(fault: Fault, budget: float, workers: int) -> Kill:
             plant(fault, own)
 
         begin = time.monotonic()
-        run = Quick(Subject(fault.backend), begin + budget, workers=workers, prepare=prepare, first_failure=True)
+        run = Quick(Subject(fault.backend), begin, begin + budget, workers=workers, prepare=prepare, first_failure=True)
         rows = run.run()
         seconds = time.monotonic() - begin
     assert run.schedule

@@ -21,8 +21,9 @@ from properties.harness.schedule import Schedule
 from properties.harness.subjects import Subject
 from properties.harness.worker import Answer, Ready, serve
 
-# Seconds before the end in which nothing runs any more, and results are written.
-RESERVE = 1.5
+# Seconds before the end in which nothing runs any more, and results are written; a busy machine needs more, as it did
+# for the start.
+RESERVE, OF_THE_START = 1.2, 0.3
 # The share of the time that an example may take.
 PATIENCE = 0.25
 CONTEXT = multiprocessing.get_context("fork")
@@ -58,8 +59,8 @@ class Quick:
     Parameters
     ----------
     subject : Subject
-    end : float
-        When all must be over, by `time.monotonic`.
+    begin, end : float
+        When all began and must be over, by `time.monotonic`.
     select : str
         Only the laws, fixtures and worst cases with this in their name.
     workers, seed : int
@@ -74,6 +75,7 @@ class Quick:
     def __init__(
         self,
         subject: Subject,
+        begin: float,
         end: float,
         select: str = "",
         workers: int = 2,
@@ -84,8 +86,8 @@ class Quick:
     ) -> None:
         self.subject, self.select, self.size, self.seed = subject, select, workers, seed
         self.prepare, self.first_failure, self.progress = prepare, first_failure, progress or Progress()
-        self.begin, self.end = time.monotonic(), end - RESERVE
-        self.patience = PATIENCE * (self.end - self.begin)
+        self.end = end - max(RESERVE, OF_THE_START * (time.monotonic() - begin))
+        self.patience = PATIENCE * (end - begin)
         self.numbers, self.processes = itertools.count(), list[Process]()
         self.schedule: Schedule | None = None
         self.interrupted = False

@@ -21,14 +21,15 @@ class Subject:
     target : str
         `package.module:callable`, or a backend of this repository.
     device : str
-    lacks, domain, operands : str or None
-        Missing claims, where it is defined, and its operands, instead of the callable's own: as `--impl-lacks`,
-        `--impl-domain` and `--impl-operands`.
+    lacks, claims, domain, operands : str or None
+        Missing claims, claims of law 18, where it is defined, and its operands, instead of the callable's own: as
+        `--impl-lacks`, `--impl-claims`, `--impl-domain` and `--impl-operands`.
     """
 
     target: str
     device: str = "cpu"
     lacks: str | None = None
+    claims: str | None = None
     domain: str | None = None
     operands: str | None = None
 
@@ -39,15 +40,16 @@ class Subject:
                 f"an implementation must be package.module:callable, or one of {', '.join(BACKENDS)}, "
                 f"got {self.target!r}"
             )
-        if ":" not in self.target and any(x is not None for x in (self.lacks, self.domain, self.operands)):
-            raise ValueError(f"missing claims, domain and operands are a callable's, got the backend {self.target}")
+        said = (self.lacks, self.claims, self.domain, self.operands)
+        if ":" not in self.target and any(x is not None for x in said):
+            raise ValueError(f"claims, domain and operands are a callable's, got the backend {self.target}")
 
     def load(self) -> Implementation:
         """Import it, or raise ValueError."""
         if ":" not in self.target:
             return implementations.implementation(self.target, self.device)
-        lacking = None if self.lacks is None else [claim for claim in self.lacks.split(",") if claim]
-        return foreign(self.target, self.device, lacking, self.domain, self.operands)
+        lacking, claiming = listed(self.lacks), listed(self.claims)
+        return foreign(self.target, self.device, lacking, self.domain, self.operands, claiming)
 
     @property
     def options(self) -> tuple[tuple[str, str], ...]:
@@ -55,11 +57,17 @@ class Subject:
         named = (
             ("--impl" if ":" in self.target else "--backends", self.target),
             ("--impl-lacks", self.lacks),
+            ("--impl-claims", self.claims),
             ("--impl-domain", self.domain),
             ("--impl-operands", self.operands),
             ("--device", None if self.device == "cpu" else self.device),
         )
         return tuple((name, value) for name, value in named if value is not None)
+
+
+def listed(claims: str | None) -> list[str] | None:
+    """Return the claims that a text names."""
+    return None if claims is None else [claim for claim in claims.split(",") if claim]
 
 
 def name_of(thing: str | Callable[..., Any]) -> str:

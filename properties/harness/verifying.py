@@ -111,6 +111,7 @@ def verify(
     *targets: str | Callable[..., Any],
     domain: str | None = None,
     lacks: str | None = None,
+    claims: str | None = None,
     operands: str | None = None,
     device: str = "cpu",
     select: str = "",
@@ -127,9 +128,9 @@ def verify(
     *targets : str or callable
         `package.module:callable`, a backend of this repository, or a callable that has a name in its module: other
         processes import it.
-    domain, lacks, operands : str or None
-        Where they are defined, such as "D=64,128 C=64", their missing claims, such as "resume,varlen", and "inputs" if
-        they round operands of products to the dtype of q; instead of their own attributes.
+    domain, lacks, claims, operands : str or None
+        Where they are defined, such as "D=64,128 C=64"; their missing claims, such as "resume,varlen"; their claims of
+        law 18; and "inputs" if they round operands of products to the dtype of q. Instead of their own attributes.
     device : {"cpu", "cuda"}
     select : str
         Only the laws, fixtures and worst cases with this in their name.
@@ -157,11 +158,13 @@ def verify(
     if not targets:
         raise ValueError("verify needs an implementation, such as 'my_kernel:memory'")
     begin, workers = time.monotonic(), workers or len(os.sched_getaffinity(0))
-    subjects = [Subject(name_of(x), device, lacks, domain, operands) for x in targets]
+    subjects = [Subject(name_of(x), device, lacks, claims, domain, operands) for x in targets]
     if budget is None:
-        return together([suite(subject, select, seed, profile, workers, progress) for subject in subjects], begin)
-    time_each = seconds(budget)
-    return together([within(time_each, subject, select, seed, workers, progress) for subject in subjects], begin)
+        runs = [suite(subject, select, seed, profile, workers, progress) for subject in subjects]
+    else:
+        time_each = seconds(budget)
+        runs = [apart(time_each, subject, select, seed, workers, progress) for subject in subjects]
+    return together(runs, begin)
 
 
 def together(reports: Sequence[Report], begin: float) -> Report:
@@ -179,36 +182,63 @@ def seconds(budget: str | float) -> float:
     return float(found[1]) * (1 if found[2] in ("s", "") else 60)
 
 
-def within(budget: float, subject: Subject, select: str, seed: int, workers: int, progress: bool) -> Report:
-    """Check an implementation until the time is up."""
-    begin = time.monotonic()
+def within(
+    budget: float, subject: Subject, select: str, seed: int, workers: int, progress: Progress, begin: float
+) -> Report:
+    """Check an implementation until the time since `begin` is up, in processes that this one forks.
+
+    No tensor may have been differentiated in this process, and no GPU used: see `apart`.
+    """
     # Importing it imports all laws, and pytest would do that by itself.
     from properties.harness.quick import Quick
 
-    shown = Progress(sys.stderr if progress else None)
-    run = Quick(subject, begin + budget, select=select, workers=workers, seed=seed, progress=shown)
+    run = Quick(subject, begin, begin + budget, select=select, workers=workers, seed=seed, progress=progress)
     verdicts = run.run()
     header = headers.header("", begin, run.about(budget), profile="quick", seed=str(seed), device=run.devices)
     return Report(tuple(verdicts), header)
 
 
+def apart(budget: float, subject: Subject, select: str, seed: int, workers: int, progress: bool) -> Report:
+    """Check an implementation until the time is up, in a fresh process: PyTorch cannot be forked after a backward."""
+    options = {
+        "--lacks": subject.lacks,
+        "--claims": subject.claims,
+        "--domain": subject.domain,
+        "--operands": subject.operands,
+        "--device": subject.device,
+        "--select": select or None,
+        "--budget": str(budget),
+        "--seed": str(seed),
+        "-n": str(workers),
+    }
+    command = [sys.executable, "-m", "properties", "verify", subject.target]
+    return asked(
+        command + [x for name, text in options.items() if text is not None for x in (name, text)], "--json", progress
+    )
+
+
 def suite(subject: Subject, select: str, seed: int, profile: str, workers: int, progress: bool) -> Report:
     """Run the whole suite on one implementation, in processes of pytest's."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", str(ROOT / "properties")]
+    command += ["-n", str(workers)] if workers > 1 else []
+    command += ["-k", select] if select else []
+    command += [word for option in subject.options for word in option]
+    command += [f"--hypothesis-seed={seed}", f"--hypothesis-profile={profile}"]
+    return asked(command, "--verdicts", progress)
+
+
+def asked(command: Sequence[str], option: str, progress: bool) -> Report:
+    """Run a command that writes verdicts into the file that an option names, and return them."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "verdicts.json"
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", str(ROOT / "properties")]
-        command += ["-n", str(workers)] if workers > 1 else []
-        command += ["-k", select] if select else []
-        command += [word for option in subject.options for word in option]
-        command += [f"--hypothesis-seed={seed}", f"--hypothesis-profile={profile}", "--verdicts", str(file)]
-        printed = ended(command, progress)
+        printed = ended([*command, option, str(file)], progress)
         if not file.exists() or not (run := Run.read(file)).verdicts:
             raise ValueError(mistake(printed))
     return Report(run.verdicts, run.header)
 
 
 def ended(command: Sequence[str], progress: bool) -> str:
-    """Run pytest to its end, and return what it printed; an interrupt is handed on to it."""
+    """Run a command to its end, and return what it printed; an interrupt is handed on to it."""
     shown = [os.dup(2)] if progress else []
     options = [word for descriptor in shown for word in ("--progress-to", str(descriptor))]
     try:
@@ -242,6 +272,6 @@ def surroundings() -> dict[str, str]:
 
 
 def mistake(printed: str) -> str:
-    """Return why a run of pytest did not begin."""
-    said = [line for line in printed.splitlines() if line.startswith("ERROR: ")]
-    return said[-1].removeprefix("ERROR: ") if said else f"the run has no verdicts:\n{printed}"
+    """Return why a run did not begin."""
+    said = re.findall(r"^(?:ERROR|python -m properties verify): (.*)", printed, re.M)
+    return said[-1] if said else f"the run has no verdicts:\n{printed}"

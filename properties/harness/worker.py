@@ -175,9 +175,9 @@ class Judge:
     def pose(self, row: Row, problem: Problem, recorder: Recorder) -> None:
         """Check a law on the problem nearest to this one; count the ones that do not exercise it."""
         law = PROPERTIES[row.law]
-        if posed := law.posed(self.implementation, problem):
-            law.check(self.implementation, posed, recorder)
-        self.refused[row] = self.refused.get(row, 0) + (not posed)
+        posed = law.posed(self.implementation, problem)
+        found = law.check(self.implementation, posed, recorder) if posed else []
+        self.refused[row] = self.refused.get(row, 0) + (not found)
         nowhere = self.refused[row] >= REFUSALS and self.implementation.domain != EVERYWHERE
         if nowhere and not recorder.facts.compared and not recorder.unclaimed:
             recorder.outside(f"no problem inside {self.implementation.domain} exercises it")

@@ -228,9 +228,9 @@ def test_a_subject_is_a_callable_or_a_backend(target: str, options: dict[str, st
 
 
 def test_the_options_of_a_subject_are_those_of_pytest() -> None:
-    assert Subject("m:f", "cuda", "plain", "D=64", "inputs").options == (
-        ("--impl", "m:f"), ("--impl-lacks", "plain"), ("--impl-domain", "D=64"), ("--impl-operands", "inputs"),
-        ("--device", "cuda"),
+    assert Subject("m:f", "cuda", "plain", "", "D=64", "inputs").options == (
+        ("--impl", "m:f"), ("--impl-lacks", "plain"), ("--impl-claims", ""), ("--impl-domain", "D=64"),
+        ("--impl-operands", "inputs"), ("--device", "cuda"),
     )  # fmt: skip
     assert Subject("log").options == (("--backends", "log"),)
 
@@ -294,3 +294,21 @@ def test_laws_without_a_result_for_one_reason_are_told_once() -> None:
     rows = [replace(PASSED, law=f"test_{x}", verdict="error", message="the time was up") for x in "ab"]
     assert report.failures(rows) == ["  2 tests have no result", "    the time was up"]
     assert "[m:f] has no result" in report.failures(rows[:1])[0]
+
+
+def test_the_loop_of_the_readme_ends_when_all_is_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = re.findall(r"```py\n(from properties import verify.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(code.splitlines()) <= 11
+    monkeypatch.chdir(tmp_path)
+    asked, written = [], []
+    reports = [Report((BROKEN,), HEADER), Report((PASSED,), HEADER), Report((PASSED,), HEADER)]
+
+    def answer(target: str, budget: str | None = None) -> Report:
+        asked.append((target, budget))
+        return reports[len(asked) - 1]
+
+    monkeypatch.setattr("properties.verify", answer)
+    exec(compile(code, "README.md", "exec"), {"write_kernel": lambda *given: written.append(given)})
+    assert asked == [("my_kernel:memory", "60s")] * 2 + [("my_kernel:memory", None)]
+    assert written == [("my_kernel.py", LAW, PROBLEM, BROKEN.message)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "verdicts.json"]

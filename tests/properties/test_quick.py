@@ -1,0 +1,267 @@
+"""Does a quick run end with its time, begin with what has shown mistakes, and say what it has not judged?"""
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from properties import verify
+from properties.harness import corpus, progress, schedule
+from properties.harness.corpus import RATCHET, Row, Task
+from properties.harness.facts import Facts
+from properties.harness.implementations import CLAIMS, implementation
+from properties.harness.laws import PROPERTIES
+from properties.harness.progress import Progress, duration
+from properties.harness.schedule import Schedule
+from properties.harness.subjects import Subject
+from properties.harness.worker import Answer, Judge, Ready, fresh
+from properties.problems.domain import Domain
+from properties.problems.problem import Problem
+from tests.properties import mistaken, wrong
+
+corpus.import_laws()
+ROOT = Path(__file__).parents[2]
+VALUES, GRADIENTS = "test_values_are_the_oracles", "test_gradients_are_the_oracles"
+FAILED = Facts(calls=1, compared=1, failing_call=1, failing_problem=Problem(lengths=(9,)).to_json(), message="wrong")
+
+
+def scheduled(*lacking: str, target: str = "m:f", select: str = "", seconds: float = 60.0) -> Schedule:
+    """What a quick run is going to do with an implementation."""
+    ready = Ready(target, CLAIMS - set(lacking), "", "cpu only")
+    return Schedule(Subject(target), ready, seed=0, end=time.monotonic() + seconds, select=select)
+
+
+def passed(count: int = 1, seconds: float = 0.1) -> Answer:
+    """An answer without a failure."""
+    return Answer(Facts(calls=count, compared=count), seconds=seconds)
+
+
+def test_what_is_known_comes_first_and_every_law_comes_once() -> None:
+    plan = scheduled(target="chunk")
+    tasks: list[Task] = []
+    while plan.known:
+        task = plan.next()
+        assert task is not None
+        tasks.append(task)
+        plan.note(0, task, passed())
+    killing = corpus.killers("chunk")
+    assert [(task.row.law, task.problem) for task in tasks[: len(killing)]] == killing
+    plain = [task.row.law for task in tasks if task.count == 1]
+    assert sorted(plain) == sorted(law for law, x in PROPERTIES.items() if x.needs <= plan.ready.claims)
+    assert len([task for task in tasks if task.row.fixture]) == len(corpus.fixtures())
+    assert [task.row for task in tasks if task.case] == [RATCHET] * len([task for task in tasks if task.case])
+    # Then fresh ones, of the law that has had the smallest part of its share.
+    later = plan.next()
+    assert later is not None
+    assert (later.problem, later.case, later.row.fixture) == (None, "", "")
+    assert later.count > 1
+
+
+def test_an_implementation_without_a_history_has_the_worst_cases_of_a_backend_as_problems() -> None:
+    plan = scheduled()
+    assert not [task for task in plan.known if task.case]
+    assert len([task for task in plan.known if task.problem]) > len(corpus.killers())
+    verdicts = {row.law: row for row in plan.verdicts("the time was up")}
+    assert verdicts["test_ratchet"].verdict == "not claimed"
+
+
+def test_only_what_was_claimed_and_not_judged_is_missing() -> None:
+    plan = scheduled("backward", target="chunk", select="_are_the_oracles")
+    by_law = {row.law: row for row in plan.verdicts("the time was up")}
+    assert by_law[VALUES].verdict == "error"
+    assert by_law[VALUES].message == "the time was up"
+    assert by_law[VALUES].replay == f"pytest 'properties/test_oracle.py::{VALUES}[chunk]' --backends chunk"
+    assert (by_law[GRADIENTS].verdict, by_law[GRADIENTS].lacking) == ("not claimed", ("backward",))
+    plan.note(0, Task(plan.of[VALUES], count=1), passed(3))
+    plan.note(1, Task(plan.of[VALUES], count=1), passed(4))
+    (row,) = (row for row in plan.verdicts("the time was up") if row.law == VALUES)
+    assert (row.verdict, row.compared, row.sections) == ("pass (quick)", 7, ("5.1", "5.8"))
+
+
+@pytest.mark.parametrize(
+    ("answer", "verdict", "said"),
+    [
+        (Answer(FAILED), "fail", "wrong"),
+        (Answer(Facts(), trouble="TypeError: a law must return"), "error", "TypeError"),
+        (Answer(Facts(), slow=True), "error", "too long for a quick run"),
+        (Answer(Facts(refused=40), outside="D = 1 is outside"), "not claimed", ""),
+        # What was judged before an example took too long counts.
+        (Answer(Facts(calls=1, compared=1), slow=True), "pass (quick)", ""),
+    ],
+)
+def test_each_answer_has_its_verdict_and_ends_its_law(answer: Answer, verdict: str, said: str) -> None:
+    plan = scheduled(select=f"{VALUES}[")
+    plan.known.clear()
+    plan.standing[plan.of[VALUES]].waiting = 1
+    plan.note(0, Task(plan.of[VALUES], count=1), answer)
+    (row,) = plan.verdicts("the time was up")
+    assert row.verdict == verdict
+    assert said in row.message
+    # A failure may become smaller; nothing else comes of this law.
+    assert plan.next() == (Task(plan.of[VALUES], shrink=True) if verdict == "fail" else None)
+    assert plan.broken == (verdict == "fail" or "TypeError" in said)
+
+
+def test_a_process_that_dies_is_mourned() -> None:
+    plan = scheduled(select=f"{VALUES}[")
+    plan.mourn(Task(plan.of[VALUES], count=1), "ended by SIGSEGV")
+    (row,) = plan.verdicts("the time was up")
+    assert (row.verdict, row.message) == ("error", "ended by SIGSEGV")
+
+
+def test_nothing_is_begun_that_does_not_fit_in() -> None:
+    plan = scheduled(select=f"{VALUES}[", seconds=1.0)
+    plan.known.clear()
+    plan.note(0, Task(plan.of[VALUES], count=1), passed(seconds=5.0))
+    assert plan.next() is None
+
+
+def test_what_was_not_covered_is_said() -> None:
+    plan = scheduled(select="_are_the_oracles[")
+    plan.note(0, Task(plan.of[VALUES], count=1), passed(int(schedule.FULL * PROPERTIES[VALUES].share)))
+    (line,) = plan.said(interrupted=False)
+    assert re.search(r"quick: 150 examples of 2 laws; 1 laws without a failure have had fewer than in a full run", line)
+    assert plan.said(interrupted=True)[0] == "titans: interrupted: 1 of 2 laws and fixtures not judged"
+
+
+def test_every_draw_gives_other_problems_and_the_same_again() -> None:
+    law = PROPERTIES[VALUES]
+    (plainest,) = fresh(law, 0, 5)
+    one, other = fresh(law, 1, 5), fresh(law, 2, 5)
+    assert len(one) == len(other) == 5
+    assert plainest not in (*one, *other)
+    assert not {*one} & {*other}
+    assert fresh(law, 1, 5) == one
+
+
+def judge(definition: Any, **changes: Any) -> Judge:
+    """What puts a definition before the laws."""
+    return Judge(replace(wrong.implementation(definition), **changes), Subject("m:f"), patience=30)
+
+
+def row(law: str) -> Row:
+    """The row of a law."""
+    return corpus.rows()[law]
+
+
+def test_a_failure_is_found_made_smaller_and_can_be_seen_again() -> None:
+    one, large = judge(mistaken.without_factor), Problem(lengths=(6,), H=2, D=3, C=4, memory="normalised")
+    answer = one.answer(Task(row(VALUES), large))
+    assert Problem.from_json(answer.facts.failing_problem) == large
+    smaller = one.answer(Task(row(VALUES), shrink=True)).facts
+    problem = Problem.from_json(smaller.failing_problem)
+    assert problem.tokens * problem.H * problem.D == 1
+    assert (
+        smaller.replay
+        == f"pytest 'properties/test_oracle.py::{VALUES}[Half]' --impl m:f --replay '{problem.to_json()}'"
+    )
+    assert not judge(mistaken.right).answer(Task(row(VALUES), problem)).facts.failing_call
+
+
+def test_fixtures_and_worst_cases_are_judged_as_in_the_suite() -> None:
+    fixture = next(row for row in corpus.fixtures() if row.fixture.startswith("002"))
+    assert judge(mistaken.tail_runs_on).answer(Task(fixture)).facts.failing_call
+    found = judge(mistaken.right).answer(Task(fixture))
+    assert (found.facts.failing_call, found.trouble) == (0, "")
+    case = f"{VALUES} float32"
+    one = Judge(implementation("chunk", "cpu"), Subject("chunk"), patience=30)
+    facts = one.answer(Task(RATCHET, case=case)).facts
+    assert list(facts.tightness)[-1] == f"ratchet {case}"
+
+
+def test_what_a_domain_excludes_is_not_claimed() -> None:
+    one = judge(mistaken.right, domain=Domain.parse("T=0"))
+    task = Task(row("test_later_tokens_change_no_earlier_output"), seed=1, count=40)
+    assert "no problem inside T=0 exercises it" in one.answer(task).outside
+
+
+def test_an_example_that_takes_too_long_is_no_failure() -> None:
+    def sleeps(*arguments: Any, **options: Any) -> Any:
+        time.sleep(5)
+
+    one = Judge(replace(wrong.implementation(mistaken.right), call=sleeps), Subject("m:f"), patience=0.2)
+    answer = one.answer(Task(row(VALUES), Problem()))
+    assert answer.slow
+    assert answer.facts == Facts()
+
+
+class Terminal(io.StringIO):
+    """A terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("stream", [Terminal(), io.StringIO()], ids=["terminal", "file"])
+def test_progress_is_one_line_on_a_terminal_and_lines_elsewhere(
+    stream: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("ON_A_TERMINAL", "ELSEWHERE"):
+        monkeypatch.setattr(progress, name, 0.0)
+    shown = Progress(stream)
+    shown.show(1, 61, 10, 1, 100.0)
+    shown.show(2, 61, 20, 2, 7.4)
+    shown.end()
+    lines = ("1/61 laws, 10 examples, 1 failure, 1 min 40 s left", "2/61 laws, 20 examples, 2 failures, 7 s left")
+    wanted = f"\r{lines[0]}\r{lines[1]:50}\r{'':{len(lines[1])}}\r" if stream.isatty() else "\n".join((*lines, ""))
+    assert stream.getvalue() == wanted
+
+
+def test_a_time_that_is_left_is_never_negative() -> None:
+    assert [duration(x) for x in (-3.0, 99.4, 100.0, 605.0)] == ["0 s", "99 s", "1 min 40 s", "10 min 05 s"]
+
+
+def command(*arguments: str) -> list[str]:
+    """The command `verify`."""
+    return [sys.executable, "-m", "properties", "verify", *arguments]
+
+
+def test_a_quick_run_judges_a_wrong_kernel_and_survives_one_that_dies(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    targets = ("tests.properties.mistaken:without_factor", "tests.properties.misbehaving:dies")
+    words = (*targets, "--budget", "60s", "-n", "2", "--select", "any_small", "--json", str(path))
+    done = subprocess.run(command(*words), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1, done.stdout + done.stderr
+    document = json.loads(path.read_text())
+    assert document["profile"] == "quick"
+    # Both end before their time: nothing is left to do.
+    assert document["seconds"] < 100
+    failed, died = document["verdicts"]
+    assert (failed["verdict"], died["verdict"]) == ("fail", "error")
+    assert Problem.from_json(failed["failing_problem"]).tokens == 1
+    assert "ended by SIGKILL" in died["message"]
+
+
+def test_a_quick_run_ends_with_its_time_and_as_a_function_too() -> None:
+    found = verify("chunk", budget=12, select="any_small", workers=1)
+    assert found.ok, str(found)
+    # A busy machine may be late.
+    assert 6 < found.header["seconds"] < 24
+    assert {row.verdict for row in found.verdicts} == {"pass (quick)"}
+    with pytest.raises(ValueError, match="'nowhere:f' cannot be imported"):
+        verify("nowhere:f", budget=20, workers=1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_run_shows_what_it_has_judged(number: int, tmp_path: Path) -> None:
+    words = command("chunk", "--budget", "10m", "-n", "1", "--json", str(tmp_path / "x.json"))
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr
+    # The first line of progress.
+    assert "laws" in process.stderr.readline()
+    os.kill(process.pid, number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert re.search(r"titans: interrupted: \d+ of \d+ laws and fixtures not judged", output), output
+    assert re.search(r"ERROR|tests have no result", output)
+    document = json.loads((tmp_path / "x.json").read_text())
+    assert {row["verdict"] for row in document["verdicts"]} >= {"pass (quick)", "error"}
