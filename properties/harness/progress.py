@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import math
 import os
 import time
 from collections.abc import Callable
@@ -25,7 +26,7 @@ class Progress:
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
-        self.stream, self.shown, self.width = stream, time.monotonic(), 0
+        self.stream, self.shown, self.width = stream, -math.inf, 0
         self.terminal = stream is not None and stream.isatty()
 
     def show(self, laws: int, of: int, examples: int, failures: int, left: float | None) -> None:
@@ -89,13 +90,15 @@ class Watcher:
         ran = report.when == "call" or report.outcome != "passed"
         return (report.outcome if ran else "", "", report.outcome) if plain else None
 
+    @pytest.hookimpl(trylast=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Count a test."""
+        if report.when != "call" and report.outcome == "passed":
+            return
         facts: dict[str, Any] = dict(report.user_properties)
-        if report.when == "call" or report.outcome != "passed":
-            self.done += 1
-            self.failures += report.outcome == "failed"
-            self.examples += facts.get(PREFIX + "compared", 0)
+        self.done += 1
+        self.failures += report.outcome == "failed"
+        self.examples += facts.get(PREFIX + "compared", 0)
         spent = time.monotonic() - self.begin
         left = self.usual - spent if self.usual else spent * (self.tests - self.done) / max(1, self.done)
         self.progress.show(self.done, self.tests, self.examples, self.failures, left)

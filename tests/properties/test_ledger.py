@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from properties.harness import report
 from properties.harness.facts import Verdict
 from properties.harness.implementations import implementation
 from properties.harness.ledger import Ledger, verdict
-from tests.properties.test_laws import run_suite
+from tests.properties.test_laws import ROOT, run_suite
 
 TEST = "properties/test_oracle.py::test_values_are_the_oracles[chunk]"
 ABOUT = {"law": "test_values_are_the_oracles", "implementation": "chunk", "device": "cpu", "sections": ["4.1"]}
@@ -104,3 +106,20 @@ def test_a_worker_that_is_killed_leaves_a_verdict_on_every_law(tmp_path: Path) -
     cases = list(ElementTree.parse(xml).iter("testcase"))
     assert {case.find(".//property[@name='titans.law']").get("value") for case in cases} == {row["law"] for row in rows}
     assert all(case.find("error") is not None for case in cases)
+
+
+@pytest.mark.parametrize("workers", [(), ("-n", "1")], ids=["alone", "xdist"])
+def test_a_run_that_is_ended_shows_what_it_has_judged(workers: tuple[str, ...], tmp_path: Path) -> None:
+    path = tmp_path / "verdicts.json"
+    words = ("properties/test_sequences.py", "--backends", "chunk", *workers, "--progress", "--verdicts", str(path))
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *words]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr
+    assert "laws" in process.stderr.readline()
+    process.terminate()
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == pytest.ExitCode.INTERRUPTED, output
+    (unjudged,) = re.findall(r"not complete: (\d+) of \d+ tests were not run", output)
+    verdicts = [row["verdict"] for row in json.loads(path.read_text())["verdicts"]]
+    assert verdicts.count("error") >= int(unjudged) > 0
+    assert "pass" in verdicts
