@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from properties.harness import headers, report, verify_command
+from properties.harness import envelope, headers, report, verify_command
 from properties.harness.merging import Run, merge
 from properties.harness.verifying import Report
 
@@ -42,6 +42,7 @@ def add_merge(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run_merge, command="merge")
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="written by --verdicts")
     parser.add_argument("-o", "--output", type=Path, help="where to write the verdicts, as JSON")
+    parser.add_argument("--envelope", action="store_true", help="print the calls by size and way of calling, too")
 
 
 def run_merge(options: argparse.Namespace) -> bool:
@@ -54,7 +55,9 @@ def run_merge(options: argparse.Namespace) -> bool:
     found = Report(tuple(verdicts), headers.header(shlex.join(sys.argv), begin, about, profile, seed))
     if options.output:
         found.to_json(options.output)
-    print("\n".join((*report.table(verdicts), *report.failures(verdicts), *report.summary(verdicts), found.trouble)))
+    calls = envelope.tables(verdicts) if options.envelope else []
+    lines = (*report.table(verdicts), *report.failures(verdicts), *report.summary(verdicts), *calls, found.trouble)
+    print("\n".join(lines))
     return not found.ok
 
 

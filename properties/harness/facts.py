@@ -1,6 +1,7 @@
 """The facts of a test, summed over its examples, and the verdict that has them."""
 
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -44,6 +45,8 @@ class Facts:
         The calls for which the law cannot be stated inside the implementation's domain, and the reason for the last.
     sizes : dict
         The calls in which something was compared, by "D C".
+    envelope : dict
+        The calls of the implementation, several in most examples, by size and by the way of calling: see `envelope`.
     """
 
     calls: int = 0
@@ -69,6 +72,7 @@ class Facts:
     refused: int = 0
     outside: str = ""
     sizes: Mapping[str, int] = field(default_factory=dict)
+    envelope: Mapping[str, int] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the facts by name."""
@@ -150,10 +154,11 @@ class Recorder:
 
     def __init__(self, test: str = "TEST", options: Sequence[tuple[str, str]] = (), seconds: float = 0) -> None:
         self.test, self.options, self.seconds, self.facts = test, options, seconds, Facts()
+        self.envelope = Counter[str]()
 
     def example(self, law: str, problem: Problem, found: Found, half: bool) -> None:
         """Count an example."""
-        self.facts = self.facts.with_example(law, problem, found, half)
+        self.facts = replace(self.facts.with_example(law, problem, found, half), envelope=dict(self.envelope))
 
     def failure(self, problem: Problem, error: BaseException) -> None:
         """Note that the next example fails; Hypothesis shows the smallest one last."""

@@ -17,6 +17,7 @@ import oracle
 from properties.harness.comparing import Found, has_narrow_operands
 from properties.harness.containment import answering, contained
 from properties.harness.crash_isolation import DeviceLost, is_fatal
+from properties.harness.envelope import counted
 from properties.harness.facts import Recorder, unsettled
 from properties.harness.implementations import Implementation
 from properties.harness.waiting import Hanging, limited
@@ -90,7 +91,7 @@ class Property:
         found: Found = []
         try:
             with limited(recorder.seconds), answering():
-                found = with_room(self.law)(contained(implementation), problem)
+                found = with_room(self.law)(counted(contained(implementation), recorder.envelope), problem)
             if not isinstance(found, list):
                 raise TypeError(f"a law must return its comparisons, got {found!r} of {self.name}")
         except OutsideDomain as refused:

@@ -123,8 +123,10 @@ def together(rows: Sequence[Verdict], replayed: Collection[str] = sections.REPLA
     for name in dict.fromkeys(name for row in rows for name in row.said):
         counted = [row.said[name] for row in rows if name in row.said]
         said[name] = tuple(total(numbers) for numbers in zip(*counted, strict=True))
-    sizes = dict.fromkeys((size for row in rows for size in row.sizes), 0)
-    sizes = {size: total(row.sizes.get(size, 0) for row in rows) for size in sizes}
+    sizes, envelope = (
+        {key: total(counts.get(key, 0) for counts in found) for key in dict.fromkeys(key for x in found for key in x)}
+        for found in ([row.sizes for row in rows], [row.envelope for row in rows])
+    )
     # A law fails where it fails in one shard.
     first = min(rows, key=lambda row: ORDER.index(row.verdict))
     widest = max(rows, key=lambda row: row.ratio)
@@ -138,5 +140,5 @@ def together(rows: Sequence[Verdict], replayed: Collection[str] = sections.REPLA
     return replace(
         first, **counts, error=max(row.error for row in rows), ratio=widest.ratio, result=widest.result,
         problem=widest.problem, worst=worst, tightness=tightness, said=said, sizes=sizes,
-        heads=max(row.heads for row in rows),
+        envelope=envelope, heads=max(row.heads for row in rows),
     )  # fmt: skip

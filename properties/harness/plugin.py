@@ -23,6 +23,7 @@ from properties.harness import (
     containment,
     crash_isolation,
     draws,
+    envelope,
     files,
     headers,
     implementations,
@@ -71,6 +72,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--verdicts", metavar="FILE", type=Path, help="write the verdict on each law as JSON")
     group.addoption("--progress", action="store_true", help="show how far the run has come, and how long it may take")
     group.addoption("--progress-to", metavar="DESCRIPTOR", type=int, help=argparse.SUPPRESS)
+    group.addoption("--envelope", action="store_true", help="print how many calls there were of each size and way")
     group.addoption("--reports-to", metavar="FILE", help=argparse.SUPPRESS)
     group.addoption("--update-ratchet", action="store_true", help="store the worst errors of this run, none larger")
     group.addoption("--raise-ratchet", action="store_true", help="store the worst errors of this run, larger ones too")
@@ -342,7 +344,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if not seen:
         return
     terminalreporter.section("verdicts")
-    for line in (*report.table(seen), *report.failures(seen), *report.summary(seen)):
+    calls = envelope.tables(seen) if config.getoption("--envelope") else []
+    for line in (*report.table(seen), *report.failures(seen), *report.summary(seen), *calls):
         terminalreporter.write_line(line)
     if unjudged := config.stash[LEDGER].unjudged:
         of = len(config.stash[LEDGER].collected)
