@@ -69,7 +69,7 @@ def check_files(config: pytest.Config) -> None:
 
 def unended() -> dict[str, Any]:
     """Return the header of a run that has not ended."""
-    return headers.header("", time.monotonic(), ["the run has not ended"], profile="", seed="")
+    return headers.header("", time.monotonic(), [headers.UNENDED], profile="", seed="")
 
 
 def read_problem(given: str | None) -> Problem | None:

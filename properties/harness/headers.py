@@ -10,6 +10,8 @@ from typing import Any
 
 from properties.harness.implementations import devices
 
+# The last line of the header, until a run ends.
+UNENDED = "the run has not ended"
 # Packages that decide what is computed.
 PACKAGES = ("torch", "triton", "numpy", "mpmath", "gmpy2", "hypothesis")
 

@@ -1,6 +1,8 @@
 """A verdict on every law and implementation that was collected, whatever becomes of the process that checks it."""
 
-from collections.abc import Collection, Iterable, Sequence
+import math
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +12,8 @@ from properties.harness import report
 from properties.harness.facts import Recorder, Verdict
 from properties.harness.implementations import Implementation
 
+# Seconds between two calls of a function that `now_and_then` returned.
+PAUSE = 5.0
 # The worst comes first: of several verdicts on one test the first of these holds.
 ORDER = ("error", "fail", "pass (quick)", "pass", "not claimed")
 
@@ -35,6 +39,8 @@ class Ledger:
         self.trouble = ""
         # How many tests the run did not come to.
         self.unjudged = 0
+        # Called with every new verdict.
+        self.changed: Callable[[], None] = lambda: None
 
     @property
     def verdicts(self) -> list[Verdict]:
@@ -92,6 +98,7 @@ class Ledger:
             row = replace(row, message=row.message or why, replay=row.replay or again)
         if test not in self.rows or ORDER.index(outcome) < ORDER.index(self.rows[test].verdict):
             self.rows[test] = row
+            self.changed()
 
     def complete(self, config: pytest.Config) -> None:
         """Report an error for each test without a verdict, to pytest's other plugins too."""
@@ -133,3 +140,16 @@ def reason(given: pytest.TestReport | pytest.CollectReport) -> str:
         return given.longrepr[2].removeprefix("Skipped: ")
     crash = getattr(given.longrepr, "reprcrash", None)
     return str(crash.message if crash else given.longrepr or "")
+
+
+def now_and_then(function: Callable[[], None]) -> Callable[[], None]:
+    """Return a function that calls another one, unless it has just done so."""
+    last = -math.inf
+
+    def called() -> None:
+        nonlocal last
+        if time.monotonic() - last > PAUSE:
+            function()
+            last = time.monotonic()
+
+    return called

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from properties.harness import report, sections
+from properties.harness import headers, report, sections
 from properties.harness.facts import Verdict
 from properties.harness.ledger import ORDER
 from properties.harness.sharding import Shard
@@ -48,6 +48,8 @@ class Run:
             content = json.loads(path.read_text())
             if (version := content["schema"]) != report.SCHEMA:
                 raise ValueError(f"`schema` must be {report.SCHEMA}, got {version!r}")
+            if headers.UNENDED in content["about"]:
+                raise ValueError(headers.UNENDED)
             return cls(
                 path,
                 Shard.parse(content["shard"] or "1/1"),

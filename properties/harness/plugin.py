@@ -1,13 +1,14 @@
 """The suite as a plugin of pytest: options, one test per law and implementation, and the summary."""
 
 import argparse
+import functools
 import json
 import os
 import platform
 import shlex
 import time
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from properties.harness.facts import Recorder
 from properties.harness.foreign import foreign
 from properties.harness.implementations import BACKENDS, CLAIMS, DEFAULT, Implementation, devices
 from properties.harness.laws import PROPERTIES
-from properties.harness.ledger import Ledger
+from properties.harness.ledger import Ledger, now_and_then
 from properties.problems.problem import Problem
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -138,6 +139,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[LEDGER] = Ledger(config.stash[SUBJECTS].values(), config.stash[OPTIONS])
     config.pluginmanager.register(config.stash[LEDGER], "titans-ledger")
     progress.watch(config, waiting.STDERR)
+    if (path := config.getoption("--verdicts")) and not hasattr(config, "workerinput"):
+        config.stash[LEDGER].changed = now_and_then(functools.partial(store_so_far, config, path))
 
 
 @contextmanager
@@ -319,21 +322,33 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         session.exitstatus = session.exitstatus or pytest.ExitCode.INTERNAL_ERROR
 
 
+def store_so_far(config: pytest.Config, path: Path) -> None:
+    """Write the verdicts there are: of a run that is killed they are all that is left."""
+    # In the end the trouble is told.
+    with suppress(OSError):
+        write_verdicts(config, path, headers.UNENDED)
+
+
 def store(config: pytest.Config, ledger: Ledger) -> None:
     """Write the files that were asked for."""
     raising = config.getoption("--raise-ratchet")
     if raising or config.getoption("--update-ratchet"):
         ratchet.update(ledger.verdicts, raising)
     if path := config.getoption("--verdicts"):
-        about = headers.header(
-            shlex.join(("pytest", *config.invocation_params.args)),
-            config.stash[BEGIN],
-            pytest_report_header(config),
-            profile=settings.get_current_profile_name(),
-            seed=str(config.getoption("--hypothesis-seed")),
-            shard=config.getoption("--shard"),
-        )
-        report.write_json(path, ledger.verdicts, about)
+        write_verdicts(config, path)
+
+
+def write_verdicts(config: pytest.Config, path: Path, *more: str) -> None:
+    """Write the verdicts there are, with more lines in their header."""
+    about = headers.header(
+        shlex.join(("pytest", *config.invocation_params.args)),
+        config.stash[BEGIN],
+        [*pytest_report_header(config), *more],
+        profile=settings.get_current_profile_name(),
+        seed=str(config.getoption("--hypothesis-seed")),
+        shard=config.getoption("--shard"),
+    )
+    report.write_json(path, config.stash[LEDGER].verdicts, about)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

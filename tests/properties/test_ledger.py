@@ -15,6 +15,7 @@ from properties.harness import report
 from properties.harness.facts import Verdict
 from properties.harness.implementations import implementation
 from properties.harness.ledger import Ledger, verdict
+from properties.harness.merging import Run
 from tests.properties.test_laws import ROOT, run_suite
 
 TEST = "properties/test_oracle.py::test_values_are_the_oracles[chunk]"
@@ -123,3 +124,13 @@ def test_a_run_that_is_ended_shows_what_it_has_judged(workers: tuple[str, ...], 
     verdicts = [row["verdict"] for row in json.loads(path.read_text())["verdicts"]]
     assert verdicts.count("error") >= int(unjudged) > 0
     assert "pass" in verdicts
+
+
+def test_a_run_that_is_killed_leaves_the_verdicts_so_far(tmp_path: Path) -> None:
+    path = tmp_path / "verdicts.json"
+    run_suite(*LAWS, "--backends", "chunk", "-p", "tests.properties.ended", "--verdicts", str(path), fails=-9)
+    content = json.loads(path.read_text())
+    assert content["about"][-1] == "the run has not ended"
+    assert [row["verdict"] for row in content["verdicts"]] == ["pass"]
+    with pytest.raises(ValueError, match="the run has not ended"):
+        Run.read(path)
