@@ -5,22 +5,25 @@ from dataclasses import fields, replace
 from itertools import accumulate, pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from torch import Tensor
 
 from oracle import Cotangents, Inputs
 from oracle.bounds import FLOAT32
 from oracle.bounds.posterior import as_pieces, judge
 from oracle.bounds.posterior.pieces import piece_lengths
-from properties.harness.comparing import Comparison, Found, in_ulps, same
+from properties.harness.comparing import Comparison, Found, in_ulps, nearest, radii, same, solved
 from properties.harness.definition import definition
 from properties.harness.implementations import Implementation
 from properties.harness.laws import law
 from properties.harness.running import STATE, LawBroken, compute_dtype, run
-from properties.harness.subcalls import resumed, segment
-from properties.problems.problem import Problem
+from properties.harness.subcalls import Part, resumed, segment
+from properties.problems.problem import HALF, Problem
 from properties.problems.real_sizes import real_problems
+from properties.problems.strategies import problems
 from properties.test_plain_memory import fits
 from properties.test_sequences import check_finite
 
@@ -75,6 +78,64 @@ def is_within_chunks(implementation: Implementation, problem: Problem) -> bool:
 @law("5.19", "4.2", problems=real_problems() | WIDE, share=1.2, about=is_within_chunks, any_size=True)
 def test_a_chunk_of_real_size_is_right(implementation: Implementation, problem: Problem) -> Found:
     return check_pieces(implementation, problem.inputs(), problem.cotangents())
+
+
+# Sequences and heads, at most 70,000 pairs, of a few that the oracle knows. Their numbers are prime to those of a grid.
+FEW = (7, 5)
+MANY = ((7, 10_000), (280, 250), (2002, 35))
+
+
+def has_tokens(implementation: Implementation, problem: Problem) -> bool:
+    """Whether a problem has tokens."""
+    return problem.tokens > 0
+
+
+@law(
+    "5.5", "5.16", "5.19", "4.2",
+    problems=problems(
+        D=(1, 2, 3), C=(1, 2, 3), heads=FEW[1], fewest_heads=FEW[1], sequences=FEW[0], fewest=FEW[0], most=4,
+        wild=False, dtypes=("float32", *HALF),
+    ),
+    needs=["large"],
+    share=0.1,
+    about=has_tokens,
+    any_size=True,
+)  # fmt: skip
+def test_many_sequences_and_heads_give_what_each_of_them_gives(
+    implementation: Implementation, problem: Problem
+) -> Found:
+    inputs, cotangents = problem.inputs(), problem.cotangents() if "backward" in implementation.claims else None
+    sequences, heads = MANY[problem.seed % len(MANY)]
+    many = Part(inputs, [n % problem.sequences for n in range(sequences)], [h % problem.H for h in range(heads)])
+    results = run(implementation, many.inputs(), cotangents and many.cotangents(cotangents))
+    radius, wanted = radii(implementation, inputs, cotangents), solved(problem, cotangents is not None)
+    if not all(np.isfinite(radius[name]).all() for name in wanted):
+        return []
+    found: Found = []
+    # Those of w and b are sums over the sequences.
+    for name in (name for name in wanted if name in results and name not in ("dw", "db")):
+        exactly = nearest(wanted[name])
+        # The exact value is rounded to float64 here.
+        allowed = radius[name] + np.abs(exactly) * np.finfo(np.float64).eps
+        found.append(within(name, results[name], *(many.select(name, x) for x in (exactly, allowed))))
+    return found
+
+
+def within(name: str, actual: Tensor, exactly: NDArray[np.float64], radius: NDArray[np.float64]) -> Comparison:
+    """Return how a result compares with float64 numbers, or raise unless every element is within its radius."""
+    error, size = np.abs(actual.double().numpy() - exactly), np.abs(exactly).max(initial=0)
+    wrong = ~(error <= radius)
+    if wrong.any():
+        i = tuple(int(n) for n in np.argwhere(wrong)[0])
+        raise LawBroken(
+            f"{name}[{', '.join(map(str, i))}] is wrong, the first of {int(wrong.sum())} of {actual.numel()} elements\n"
+            f"    exact  {exactly[i]!r}\n"
+            f"    actual {actual[i].item()!r}\n"
+            f"    bound  {radius[i]:.6g}"
+        )
+    ratio = np.divide(error, radius, out=np.zeros_like(error), where=error > 0)
+    unsure = bool(0 < size < 2 * radius.max(initial=0))
+    return Comparison(name, actual.numel(), float(ratio.max(initial=0)), ill_conditioned=unsure, zero=not size)
 
 
 def as_its_own_pieces(implementation: Implementation, inputs: Inputs) -> Inputs:

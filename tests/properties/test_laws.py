@@ -97,6 +97,7 @@ CATCHES: dict[str, type[Definition]] = {
     "test_no_initial_state_is_one_of_zeros": wrong.StartsElsewhere,
     "test_decoding_gives_the_bits_of_one_call": wrong.OneTokenMatters,
     "test_a_chunk_of_real_size_is_right": wrong.Half,
+    "test_many_sequences_and_heads_give_what_each_of_them_gives": wrong.FewPrograms,
     "test_every_chunk_of_a_long_sequence_is_right_from_the_state_before_it": wrong.NoMomentumAcrossChunks,
     "test_small_integers_of_real_size_give_exact_values": wrong.Half,
     "test_errors_of_real_size_are_at_most_twice_those_of_the_definition": wrong.Sloppy,
