@@ -47,7 +47,7 @@ def unit_vectors(problem: Problem, domain: Domain = EVERYWHERE) -> Inputs:
     """
     T, H = problem.tokens, problem.H
     # More directions, where the domain has no such width, hold nothing.
-    D, dtype = domain.D.at_least(T + 2), problem.compute_dtype
+    D, dtype = domain.D.at_least(16 if domain.few_shapes else T + 2), problem.compute_dtype
     rows = torch.eye(D, dtype=dtype)[:T].reshape(1, T, 1, D).expand(1, T, H, D)
     M, S = (torch.zeros(D, dtype=dtype).index_fill(0, torch.tensor(T + i), 1).diag() for i in (0, 1))
     given = problem.inputs()

@@ -145,6 +145,7 @@ def implementation(backend: str, device: str) -> Implementation:
         device=device,
         arithmetic=functools.partial(arithmetic, backend, device),
         share=share_of(backend, device),
+        domain=Domain(few_shapes=(backend, device) == ("triton", "cuda")),
         grid=grids.get(backend, whole_chunks),
     )
 

@@ -47,20 +47,20 @@ def test_the_ratchet_fails_where_errors_are_four_times_worse(tmp_path: Path, mon
     monkeypatch.setattr(ratchet, "RATCHET", tmp_path / "ratchet.json")
     ratchet.update(seen(1e-9))
     with pytest.raises(LawBroken, match="the error was 1e-09 ulp and is"):
-        replay_the_ratchet(worse(repeat(True)), Recorder())
+        replay_the_ratchet(worse(repeat(True)), Recorder(), 0)
     error = min(worst_error(PROPERTIES[LAW].check(reordered(worse(repeat(True)), x), PROBLEM)) for x in SAME_AND_ORDERS)
     assert error > 0
     for stored in (error / WORSE, error * 2):
         ratchet.update(seen(stored), raising=True)
-        replay_the_ratchet(worse(repeat(True)), Recorder())
+        replay_the_ratchet(worse(repeat(True)), Recorder(), 0)
 
 
 def test_the_ratchet_bears_bad_luck_in_one_order_of_the_sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ratchet, "RATCHET", tmp_path / "ratchet.json")
     ratchet.update(seen(1.0))
-    replay_the_ratchet(worse(iter([True, False])), Recorder())
+    replay_the_ratchet(worse(iter([True, False])), Recorder(), 0)
     with pytest.raises(LawBroken, match="the error was 1 ulp and is"):
-        replay_the_ratchet(worse(iter([True, True, True])), Recorder())
+        replay_the_ratchet(worse(iter([True, True, True])), Recorder(), 0)
 
 
 @pytest.mark.parametrize("order", ORDERS)

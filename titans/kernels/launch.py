@@ -28,6 +28,7 @@ from titans.kernels.tile import (
     Tile,
     Where,
     block_rows,
+    gates_tile,
     storage,
     tile_of,
     where_of,
@@ -97,6 +98,11 @@ class Plan:
         return {**self.common, "num_warps": 4 if self.call.q.dtype == torch.bfloat16 else 8}
 
     @property
+    def gates(self) -> dict[str, Any]:
+        """Arguments of the kernels of `coefficients`, one warp each."""
+        return {**self.common, "tile": gates_tile(self.call, self.layout), "num_warps": 1}
+
+    @property
     def square(self) -> dict[str, Any]:
         """Arguments of the kernels that work on (BD, BD) tiles, which take more warps."""
         few = self.call.q.dtype == torch.bfloat16 and self.call.q.shape[-1] <= 64
@@ -125,7 +131,7 @@ def coefficients(plan: Plan) -> Coefficients:
     c = Coefficients(rows, block_end, block_end if PER == 1 else End(new(2, BC), new(PER, 3)))
     coefficients_kernel[plan.blocks](
         theta_ptr=call.theta, alpha_ptr=call.alpha, eta_ptr=call.eta, rows=c.rows, block_end=c.block_end,
-        step_end=c.step_end, **plan.common, num_warps=1,
+        step_end=c.step_end, **plan.gates,
     )  # fmt: skip
     return c
 
@@ -254,7 +260,7 @@ def coefficients_vjp(plan: Plan, drows: Rows, drows_k: Rows | None, dblock_end: 
     coefficients_vjp_kernel[plan.blocks](
         theta_ptr=call.theta, alpha_ptr=call.alpha, eta_ptr=call.eta, drows=drows, drows_k=drows_k,
         dblock_end=dblock_end, ln_ptr=torch.empty_like(drows.G), dtheta_ptr=dtheta, dalpha_ptr=dalpha, deta_ptr=deta,
-        **plan.common, num_warps=1,
+        **plan.gates,
     )  # fmt: skip
     return dtheta, dalpha, deta
 
@@ -269,8 +275,9 @@ def backward(
         inputs = (call.q, call.k, call.v, call.w, call.b, call.theta, call.alpha, call.eta)
         return *(None if x is None else torch.zeros_like(x) for x in inputs), dM.clone(), dS.clone(), danchor.clone()
     c, saved = coefficients(plan), Saved(M0, S0, x, r, dM.new_empty(*call.q.shape[:3], 2))
-    # slots that no block uses stay zero; they are summed with the others
-    dwb = dM.new_zeros(2, K, H, D)
+    # slots that no block uses stay zero; they are summed with the others. Of so many both tensors begin at multiples of
+    # 16 bytes: where one does not, Triton compiles a kernel of its own
+    dwb = dM.new_zeros(2, K + -K % 4, H, D)
     daffine = Affine(*dwb)
     drows, dq, du, dk, dstate0 = output_vjp(plan, c.rows, saved, do, daffine)
     dstate_L, dinitial = state_vjp(plan, c.step_end, saved, State(dM, dS, danchor), du, dstate0)

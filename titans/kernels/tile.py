@@ -169,13 +169,30 @@ def tile_of(call: Call, layout: Layout) -> Tile:
         D=D,
         BD=max(16, triton.next_power_of_2(D)),
         NORM=call.w is not None,
-        LOG=call.log_gates,
+        # the stages but `coefficients` see no gates
+        LOG=False,
         RESUMED=call.offset is not None,
         PACKED=call.cu_seqlens is not None,
         OP=tl.bfloat16 if call.q.dtype == torch.bfloat16 else tl.float32,
         PREC="tf32x3" if full else "tf32",
         BC=layout.BC,
         BS=layout.BS,
+        NB=layout.NB,
+        SPLIT=layout.PER > 1,
+    )
+
+
+def gates_tile(call: Call, layout: Layout) -> Tile:
+    """The tile of the stage `coefficients`, which is the same for any width and dtype of q, k and v."""
+    return _tile(
+        D=1,
+        BD=1,
+        NORM=False,
+        LOG=call.log_gates,
+        RESUMED=call.offset is not None,
+        PACKED=call.cu_seqlens is not None,
+        BC=layout.BC,
+        BS=layout.BC,
         NB=layout.NB,
         SPLIT=layout.PER > 1,
     )

@@ -1,0 +1,77 @@
+"""An implementation whose kernels are compiled for each shape gets few of them, and every kind of them."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis.strategies import SearchStrategy
+
+from properties.harness.implementations import implementation
+from properties.problems.problem import Problem
+from properties.problems.real_sizes import real_problems
+from properties.problems.shapes import CHUNKS, FREE, WIDTHS, with_few_shapes
+from properties.problems.strategies import explicit, problems
+from properties.test_real_sizes import is_within_chunks
+
+DRAWS = 150
+
+
+def drawn(strategy: SearchStrategy[Problem]) -> list[Problem]:
+    found: list[Problem] = []
+
+    @settings(
+        max_examples=DRAWS, phases=[Phase.generate], database=None, derandomize=True, deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(problem=strategy)
+    def draw(problem: Problem) -> None:
+        found.append(problem)
+
+    draw()
+    return found
+
+
+@pytest.mark.parametrize("strategy", [problems(), real_problems(D=128, C=256), real_problems(C=200, chunks=3)])
+def test_shapes_are_few_and_no_larger(strategy: SearchStrategy[Problem]) -> None:
+    for problem in (problem for problem in drawn(strategy) if problem.dtype != "float64"):
+        few = with_few_shapes(problem)
+        assert with_few_shapes(few) == few
+        assert few.D <= max(problem.D, 2)
+        assert few.C <= problem.C
+        assert all(new <= old for new, old in zip(few.lengths, problem.lengths, strict=True))
+        assert few.C <= FREE or few.C in CHUNKS[few.memory]
+        assert few.D in WIDTHS[few.dtype, few.memory]
+        # The rest is as it was drawn.
+        same = {name: getattr(problem, name) for name in ("D", "C", "lengths", "offsets")}
+        assert replace(few, **same) == problem
+
+
+def test_every_width_and_chunk_length_is_reached() -> None:
+    for (dtype, memory), widths in WIDTHS.items():
+        problem = Problem(dtype=dtype, memory=memory, gate_dtype="float32")
+        assert {with_few_shapes(replace(problem, D=D)).D for D in range(1, 129)} == {*widths}
+        chunks = {with_few_shapes(replace(problem, C=C)).C for C in range(1, 257)}
+        assert chunks == {*range(1, FREE + 1), *CHUNKS[memory]}
+
+
+def test_a_problem_within_a_chunk_stays_within_it() -> None:
+    subject = implementation("chunk", "cpu")
+    inside = [problem for problem in drawn(real_problems(D=128, C=256)) if is_within_chunks(subject, problem)]
+    shorter = [few for problem in inside if (few := with_few_shapes(problem)).C < problem.C]
+    assert len(shorter) > DRAWS / 10
+    assert all(is_within_chunks(subject, few) for few in shorter)
+    assert sum(few.tokens > 0 for few in shorter) > len(shorter) / 2
+
+
+def test_numbers_that_are_given_one_by_one_keep_their_sizes() -> None:
+    assert all(with_few_shapes(problem) == problem for problem in drawn(explicit()))
+
+
+def test_kernels_that_a_gpu_compiles_get_few_shapes_and_no_others_do() -> None:
+    odd = Problem(lengths=(9,), D=6, C=200)
+    for backend, device, few in (("triton", "cuda", True), ("triton", "cpu", False), ("chunk", "cuda", False)):
+        domain = implementation(backend, device).domain
+        assert domain.nearest(odd) == (with_few_shapes(odd) if few else odd)
+        # Every problem is inside: a stored one is replayed as it is.
+        assert not domain.objection(odd.inputs())
+        assert not str(domain)
