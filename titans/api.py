@@ -232,5 +232,6 @@ def _initial_state(state: InitialState, N: int, q: Tensor) -> tuple[Tensor, Tens
     if state is None:
         zeros = q.new_zeros(N, H, D, D, dtype=dtype)
         return zeros, zeros, zeros, None
-    M = state.to(dtype).expand(N, H, D, D)
+    M = state if state.dtype == dtype else state.to(dtype)
+    M = M if M.ndim == 4 else M.expand(N, H, D, D)
     return M, torch.zeros_like(M), M, None

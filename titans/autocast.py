@@ -11,7 +11,9 @@ from torch import Tensor
 
 def _is_on(device: str) -> bool:
     # some kinds of devices have no autocast to be asked about; Dynamo of torch 2.11 cannot trace which
-    known = device != "meta" and (torch.compiler.is_compiling() or torch.amp.is_autocast_available(device))
+    known = device in ("cuda", "cpu") or (
+        device != "meta" and (torch.compiler.is_compiling() or torch.amp.is_autocast_available(device))
+    )
     return known and torch.is_autocast_enabled(device)
 
 

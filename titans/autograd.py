@@ -12,8 +12,8 @@ four tenths of the host's time in a recorded forward.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, get_type_hints
 
 import torch
@@ -119,11 +119,15 @@ def _below_autograd(operator: Any, arguments: tuple[Any, ...], modes: tuple[bool
             return operator(*arguments)
 
 
-@contextmanager
-def _alone_with(q: Tensor) -> Iterator[None]:
+def _alone_with(q: Tensor) -> AbstractContextManager[Any]:
     """Launch on the device of `q`, whichever is current, and leave autocast outside."""
-    with torch.cuda.device(q.device) if q.is_cuda else nullcontext(), without_autocast(q):
-        yield
+    apart = without_autocast(q)
+    if not q.is_cuda or q.device.index == torch.cuda.current_device():
+        return apart
+    both = ExitStack()
+    both.enter_context(torch.cuda.device(q.device))
+    both.enter_context(apart)
+    return both
 
 
 def _chunked(*arguments: Any) -> tuple[Tensor, ...]:
@@ -204,7 +208,7 @@ def _chunked_backward(*arguments: Any) -> tuple[Tensor, ...]:
         else:
             grads = chunk.backward(call, backend == "log", M0, S0, do, dM, dS, danchor)
     return tuple(
-        call.M.new_empty(0) if x is None or dx is None else dx.to(x.dtype)
+        call.M.new_empty(0) if x is None or dx is None else dx if dx.dtype == x.dtype else dx.to(x.dtype)
         for x, dx in zip(call.differentiable, grads, strict=True)
     )
 

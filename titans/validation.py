@@ -36,8 +36,8 @@ def check_tensor(name: str, x: Any, shape: tuple[int, ...], axes: str, device: t
     check_dense(name, x)
     if x.dtype not in DTYPES:
         raise TypeError(f"`{name}` must have dtype float32, float16, bfloat16 or float64, got {name_of(x.dtype)}")
-    if tuple(x.shape) != shape:
-        raise ValueError(f"`{name}` must have shape {axes} = {shape}, got {tuple(x.shape)}")
+    if x.shape != shape:
+        raise ValueError(f"`{name}` must have shape {axes} = {tuple(shape)}, got {tuple(x.shape)}")
     if x.device != device:
         raise ValueError(f"`{name}` must be on the device of `q`, {device}, got {x.device}")
 
@@ -51,9 +51,10 @@ def check_tokens(q: Any, k: Any, v: Any, axes: str, suffix: str = "") -> None:
         raise ValueError(f"{first} must have shape {axes}, got {tuple(q.shape)}")
     if q.shape[-1] == 0:
         raise ValueError(f"{first} must have D >= 1 in its shape {axes}, got {tuple(q.shape)}")
+    shape, dtype, device = q.shape, q.dtype, q.device
     for name, x in (("q", q), ("k", k), ("v", v)):
-        check_tensor(name + suffix, x, tuple(q.shape), axes, q.device)
-        if x.dtype != q.dtype:
+        check_tensor(name + suffix, x, shape, axes, device)
+        if x.dtype != dtype:
             raise TypeError(
                 f"`{name}{suffix}` must have the dtype of {first}, {name_of(q.dtype)}, got {name_of(x.dtype)}"
             )
@@ -64,7 +65,7 @@ def check_parameters(w: Any, b: Any, q: Tensor) -> None:
     if (w is None) != (b is None):
         raise ValueError(f"`w` and `b` must both be given or both be None, got w={_kind(w)} and b={_kind(b)}")
     if w is not None:
-        shape = tuple(q.shape[-2:])
+        shape = q.shape[-2:]
         check_tensor("w", w, shape, "(H, D)", q.device)
         check_tensor("b", b, shape, "(H, D)", q.device)
 
@@ -75,8 +76,8 @@ def _kind(x: Any) -> str:
 
 def check_gate(name: str, gate: Any, q: Tensor, axes: str) -> Tensor:
     """`gate` must have the shape of q without D, with or without a last axis of 1, which is dropped."""
-    shape = tuple(q.shape[:-1])
-    if isinstance(gate, Tensor) and gate.ndim == q.ndim and tuple(gate.shape) == (*shape, 1):
+    shape = q.shape[:-1]
+    if isinstance(gate, Tensor) and gate.ndim == q.ndim and gate.shape == (*shape, 1):
         gate = gate.squeeze(-1)  # a view backward, too
     check_tensor(name, gate, shape, axes, q.device)
     assert isinstance(gate, Tensor)
@@ -94,7 +95,8 @@ def check_options(eps: Any, chunk_size: Any, backend: Any, q: Tensor, **flags: A
 
 
 def _eps(eps: Any, dtype: torch.dtype) -> float:
-    if isinstance(eps, bool) or not isinstance(eps, Real):
+    # the first of these is quick
+    if type(eps) is not float and (isinstance(eps, bool) or not isinstance(eps, Real)):
         raise TypeError(f"`eps` must be a float, got {type(eps).__name__}")
     # float32 rounds all that is outside these to 0 or infinity
     low, high = (0.0, math.inf) if dtype == torch.float64 else (2.0**-150, 2.0**128 - 2.0**103)

@@ -13,6 +13,7 @@ Not seen: races between the warps of one role, and the order in which a product 
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import math
 import random
 import sys
@@ -143,6 +144,7 @@ class Jit:
 
     def __init__(self, function: Any, do_not_specialize: Sequence[str] = ()) -> None:
         self.function, self.numbers = function, do_not_specialize
+        self.arg_names = list(inspect.signature(function).parameters)
 
     def __call__(self, *args: Any) -> Any:
         return self.function(*args)

@@ -86,7 +86,7 @@ def run(call: Call, end: End, order: int, change: Callable[[str], str] = lambda 
     final = State(*(torch.full_like(call.M, torch.nan) for _ in range(3)))
     gluon_interpreter.seeds[0] = order
     with gluon_copies.interpreted("state", change) as module:
-        module.launch_state(call, where_of(call, layout), tile_of(call, layout), end, saved, final)
+        module.launch_state(call, where_of(call, layout), tile_of(call, layout), end, saved, final, None)
     return Made(*saved[:4], *final)
 
 

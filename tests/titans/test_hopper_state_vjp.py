@@ -103,7 +103,7 @@ def run(args: Given, order: int, in_place: bool = False, change: Callable[[str],
     with gluon_interpreter.interpreted("state_vjp", change) as module:
         module.launch_state_vjp(
             call, where_of(call, layout), tile_of(call, layout), args.step_end, args.saved, args.dfinal, du, dstate0,
-            dstate_L, dinitial,
+            dstate_L, dinitial, None,
         )  # fmt: skip
     return Made(du, *dstate_L, *dinitial)
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Hashable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from titans.arguments import Call
 from titans.kernels import hopper
 from titans.kernels.coefficients import coefficients_kernel, coefficients_vjp_kernel
 from titans.kernels.fit import least, needs_of, shared_memory, steps_in_flight
+from titans.kernels.launcher import Launcher, types_of
 from titans.kernels.output import output_kernel, output_vjp_kernel
 from titans.kernels.state import state_kernel
 from titans.kernels.state_vjp import anchor_vjp_kernel, key_vjp_kernel, state_vjp_kernel
@@ -63,56 +63,76 @@ def reason_against(call: Call) -> str | None:
     return None
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What the launches of a call share."""
+run_coefficients = Launcher(coefficients_kernel)
+run_coefficients_vjp = Launcher(coefficients_vjp_kernel)
+run_output = Launcher(output_kernel)
+run_output_vjp = Launcher(output_vjp_kernel)
+run_state = Launcher(state_kernel)
+run_state_vjp = Launcher(state_vjp_kernel)
+run_key_vjp = Launcher(key_vjp_kernel)
+run_anchor_vjp = Launcher(anchor_vjp_kernel)
+# options of the compiler
+ONE_WARP, FOUR_WARPS, EIGHT_WARPS = (
+    {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True} for warps in (1, 4, 8)
+)
+
+
+class Plan(NamedTuple):
+    """What the launches of a call share.
+
+    Attributes
+    ----------
+    call : Call
+    layout : Layout
+    where : Where
+    affine : Affine
+    sizes : dict
+        T, H and C.
+    tile, gate_tile : Tile
+    key : Hashable
+        All that the compiled forms of the kernels depend on, see `Launcher`.
+    blocks, chains : int
+        Programs of the parallel kernels, and of the chain.
+    flat, square : dict
+        Options of the kernels that work on (BC, BD) tiles, and on (BD, BD) tiles, which take more warps.
+    """
 
     call: Call
     layout: Layout
-    tile: Tile
     where: Where
-
-    @property
-    def blocks(self) -> tuple[int]:
-        """The grid of the parallel kernels."""
-        return (self.layout.slots * self.call.q.shape[2],)
-
-    @property
-    def chains(self) -> tuple[int]:
-        """The grid of the chain."""
-        N, H = self.call.M.shape[:2]
-        return (N * H,)
-
-    @property
-    def common(self) -> dict[str, Any]:
-        """Arguments of every kernel."""
-        _, T, H, _ = self.call.q.shape
-        return {
-            "where": self.where, "T": T, "H": H, "C": self.call.chunk_size, "tile": self.tile,
-            "num_stages": 1, "enable_fp_fusion": True,
-        }  # fmt: skip
-
-    @property
-    def flat(self) -> dict[str, Any]:
-        """Arguments of the kernels that work on (BC, BD) tiles."""
-        return {**self.common, "num_warps": 4 if self.call.q.dtype == torch.bfloat16 else 8}
-
-    @property
-    def gates(self) -> dict[str, Any]:
-        """Arguments of the kernels of `coefficients`, one warp each."""
-        return {**self.common, "tile": gates_tile(self.call, self.layout), "num_warps": 1}
-
-    @property
-    def square(self) -> dict[str, Any]:
-        """Arguments of the kernels that work on (BD, BD) tiles, which take more warps."""
-        few = self.call.q.dtype == torch.bfloat16 and self.call.q.shape[-1] <= 64
-        return {**self.common, "num_warps": 4 if few else 8}
+    affine: Affine
+    sizes: dict[str, int]
+    tile: Tile
+    gate_tile: Tile
+    key: Hashable
+    blocks: int
+    chains: int
+    flat: dict[str, Any]
+    square: dict[str, Any]
 
 
-def plan_of(call: Call) -> Plan:
-    """Prepare the launches of a call."""
-    layout = layout_of(call, block_rows(call.q))
-    return Plan(call, layout, tile_of(call, layout), where_of(call, layout))
+def plan_of(call: Call, *others: Tensor) -> Plan:
+    """Prepare the launches of a call, whose kernels take its tensors and others."""
+    q, C = call.q, call.chunk_size
+    _, T, H, D = q.shape
+    layout = layout_of(call, block_rows(q))
+    tile, where, bfloat16 = tile_of(call, layout), where_of(call, layout), q.dtype == torch.bfloat16
+    types = types_of((*call.differentiable, *where, *others))
+    return Plan(
+        call,
+        layout,
+        where,
+        Affine(call.w, call.b),
+        {"T": T, "H": H, "C": C},
+        tile,
+        gates_tile(call, layout),
+        # the numbers of blocks and heads decide where a part of a buffer begins
+        (q.device, tile, types, layout.slots * H * D % 4),
+        layout.slots * H,
+        call.M.shape[0] * H,
+        FOUR_WARPS if bfloat16 else EIGHT_WARPS,
+        FOUR_WARPS if bfloat16 and D <= 64 else EIGHT_WARPS,
+    )
 
 
 def stages(plan: Plan) -> int:
@@ -121,17 +141,27 @@ def stages(plan: Plan) -> int:
     return steps_in_flight(needs_of(q, plan.layout.BS), shared_memory(q.device))
 
 
+def room(plan: Plan, *sizes: int) -> tuple[Tensor, ...]:
+    """Parts of one buffer, float32, of so many numbers for each block; one allocation takes less time than many."""
+    # every part begins at a multiple of 16 bytes
+    total = [-(-plan.blocks * size // 4) * 4 for size in sizes]
+    return plan.call.M.new_empty(sum(total)).split_with_sizes(total)
+
+
 def coefficients(plan: Plan) -> Coefficients:
     """Eq. (7)."""
-    call, layout = plan.call, plan.layout
-    K, H, BC, PER = layout.slots, call.q.shape[2], layout.BC, layout.PER
-    new = functools.partial(call.M.new_empty, K, H)
-    rows, block_end = Rows(new(2, BC), new(BC, BC)), End(new(2, BC), new(3))
+    call, BC, PER = plan.call, plan.layout.BC, plan.layout.PER
     # where steps are blocks, so are their ends
-    c = Coefficients(rows, block_end, block_end if PER == 1 else End(new(2, BC), new(PER, 3)))
-    coefficients_kernel[plan.blocks](
-        theta_ptr=call.theta, alpha_ptr=call.alpha, eta_ptr=call.eta, rows=c.rows, block_end=c.block_end,
-        step_end=c.step_end, **plan.gates,
+    if PER == 1:
+        beta_f, G, *end = room(plan, 2 * BC, BC * BC, 2 * BC, 3)
+        c = Coefficients(Rows(beta_f, G), End(*end), End(*end))
+    else:
+        beta_f, G, *ends = room(plan, 2 * BC, BC * BC, 2 * BC, 3, 2 * BC, PER * 3)
+        c = Coefficients(Rows(beta_f, G), End(*ends[:2]), End(*ends[2:]))
+    run_coefficients(
+        plan.blocks, plan.key,
+        theta_ptr=call.theta, alpha_ptr=call.alpha, eta_ptr=call.eta, where=plan.where, rows=c.rows,
+        block_end=c.block_end, step_end=c.step_end, **plan.sizes, tile=plan.gate_tile, **ONE_WARP,
     )  # fmt: skip
     return c
 
@@ -144,12 +174,13 @@ def state(plan: Plan, step_end: End, saved: Saved) -> State:
         # Gluon is experimental: it is imported where it is used
         from titans.kernels.hopper.state import launch_state
 
-        launch_state(call, plan.where, plan.tile, step_end, saved, final)
+        launch_state(call, plan.where, plan.tile, step_end, saved, final, plan.key)
         return final
-    state_kernel[plan.chains](
-        k_ptr=call.k, v_ptr=call.v, affine=Affine(call.w, call.b), step_end=step_end,
-        initial=State(call.M, call.S, call.anchor), saved=saved, final=final, eps=call.eps,
-        STAGES=stages(plan), **plan.square,
+    run_state(
+        plan.chains, plan.key,
+        k_ptr=call.k, v_ptr=call.v, affine=plan.affine, step_end=step_end,
+        initial=State(call.M, call.S, call.anchor), where=plan.where, saved=saved, final=final,
+        **plan.sizes, eps=call.eps, tile=plan.tile, STAGES=stages(plan), **plan.square,
     )  # fmt: skip
     return final
 
@@ -158,9 +189,10 @@ def output(plan: Plan, rows: Rows, saved: Saved) -> Tensor:
     """Eq. (11) and (5): o."""
     call = plan.call
     o = torch.empty_like(call.q)
-    output_kernel[plan.blocks](
-        q_ptr=call.q, k_ptr=call.k, v_ptr=call.v, affine=Affine(call.w, call.b), rows=rows, saved=saved,
-        o_ptr=o, eps=call.eps, **plan.flat,
+    run_output(
+        plan.blocks, plan.key,
+        q_ptr=call.q, k_ptr=call.k, v_ptr=call.v, affine=plan.affine, rows=rows, saved=saved, where=plan.where,
+        o_ptr=o, **plan.sizes, eps=call.eps, tile=plan.tile, **plan.flat,
     )  # fmt: skip
     return o
 
@@ -170,14 +202,18 @@ def kept(call: Call) -> tuple[Tensor, Tensor]:
     return torch.empty_like(call.q, dtype=storage(call)), call.M.new_empty(0 if call.w is None else call.q.shape[:3])
 
 
+def all_used(plan: Plan) -> bool:
+    """Whether there is a block for every slot."""
+    return plan.layout.NB == 1 and plan.where.cu_seqlens is None and plan.where.offset is None
+
+
 def forward(call: Call) -> tuple[Tensor, ...]:
     """The op: o, the final M, S and anchor, and for the backward the M0 and S0 of every block, x and r."""
     plan = plan_of(call)
     (_, H, D, _), K = call.M.shape, plan.layout.slots
     x, r = kept(call)
     # slots that no block uses are defined all the same
-    all_used = plan.layout.NB == 1 and call.cu_seqlens is None and call.offset is None
-    new = x.new_empty if all_used else x.new_zeros
+    new = x.new_empty if all_used(plan) else x.new_zeros
     saved = Saved(new(K, H, D, D), new(K, H, D, D), x, r)
     if K * H == 0:
         return torch.empty_like(call.q), call.M.clone(), call.S.clone(), call.anchor.clone(), *saved[:4]
@@ -196,10 +232,11 @@ def output_vjp(
     drows = Rows(torch.empty_like(rows.beta_f), dG)
     dq, du, dk = torch.empty_like(call.q), torch.empty_like(saved.x), torch.empty_like(saved.x)
     dstate0 = BlockState(torch.empty_like(saved.M0), torch.empty_like(saved.S0))
-    output_vjp_kernel[plan.blocks](
-        q_ptr=call.q, k_ptr=call.k, v_ptr=call.v, affine=Affine(call.w, call.b), rows=rows, saved=saved,
+    run_output_vjp(
+        plan.blocks, plan.key,
+        q_ptr=call.q, k_ptr=call.k, v_ptr=call.v, affine=plan.affine, rows=rows, saved=saved, where=plan.where,
         do_ptr=do, drows=drows, dq_ptr=dq, du_ptr=du, dk_ptr=dk, dstate0=dstate0, daffine=daffine,
-        eps=call.eps, **plan.flat,
+        **plan.sizes, eps=call.eps, tile=plan.tile, **plan.flat,
     )  # fmt: skip
     return drows, dq, du, dk, dstate0
 
@@ -214,12 +251,15 @@ def state_vjp(
     if hopper.stages_of(call).state_vjp:
         from titans.kernels.hopper.state_vjp import launch_state_vjp
 
-        launch_state_vjp(call, plan.where, plan.tile, step_end, saved, dfinal, du, dstate0, dstate_L, dinitial)
+        launch_state_vjp(
+            call, plan.where, plan.tile, step_end, saved, dfinal, du, dstate0, dstate_L, dinitial, plan.key
+        )
         return dstate_L, dinitial
-    state_vjp_kernel[plan.chains](
-        k_ptr=call.k, v_ptr=call.v, affine=Affine(call.w, call.b), step_end=step_end, saved=saved,
+    run_state_vjp(
+        plan.chains, plan.key,
+        k_ptr=call.k, v_ptr=call.v, affine=plan.affine, step_end=step_end, saved=saved, where=plan.where,
         dfinal=dfinal, du_ptr=du, dstate0=dstate0, dstate_L=dstate_L, dinitial=dinitial,
-        STAGES=stages(plan), **plan.square,
+        **plan.sizes, tile=plan.tile, STAGES=stages(plan), **plan.square,
     )  # fmt: skip
     return dstate_L, dinitial
 
@@ -233,10 +273,11 @@ def key_vjp(
     dv = du if du.dtype == call.v.dtype else torch.empty_like(call.v)
     dy_k = torch.empty_like(saved.x) if shared else None
     dblock_end = End(*(torch.empty_like(x) for x in block_end))
-    key_vjp_kernel[plan.blocks](
-        k_ptr=call.k, v_ptr=call.v, affine=Affine(call.w, call.b), block_end=block_end, saved=saved,
+    run_key_vjp(
+        plan.blocks, plan.key,
+        k_ptr=call.k, v_ptr=call.v, affine=plan.affine, block_end=block_end, saved=saved, where=plan.where,
         anchor_ptr=call.anchor, dstate_L=dstate_L, du_ptr=du, dk_part_ptr=dk, dk_ptr=dk_out, dv_ptr=dv, dy_k_ptr=dy_k,
-        daffine=daffine, dblock_end=dblock_end, **plan.square,
+        daffine=daffine, dblock_end=dblock_end, **plan.sizes, tile=plan.tile, **plan.square,
     )  # fmt: skip
     return dk_out, dv, dy_k, dblock_end
 
@@ -246,9 +287,10 @@ def anchor_vjp(plan: Plan, rows: Rows, saved: Saved, danchor: Tensor, dy_k: Tens
     call = plan.call
     dk_out = dk if dk.dtype == call.k.dtype else torch.empty_like(call.k)
     drows_k = Rows(*(torch.empty_like(x) for x in rows))
-    anchor_vjp_kernel[plan.blocks](
-        k_ptr=call.k, v_ptr=call.v, affine=Affine(call.w, call.b), rows=rows, saved=saved, danchor_ptr=danchor,
-        dy_k_ptr=dy_k, dk_part_ptr=dk, dk_ptr=dk_out, drows_k=drows_k, **plan.square,
+    run_anchor_vjp(
+        plan.blocks, plan.key,
+        k_ptr=call.k, v_ptr=call.v, affine=plan.affine, rows=rows, saved=saved, where=plan.where, danchor_ptr=danchor,
+        dy_k_ptr=dy_k, dk_part_ptr=dk, dk_ptr=dk_out, drows_k=drows_k, **plan.sizes, tile=plan.tile, **plan.square,
     )  # fmt: skip
     return dk_out, drows_k
 
@@ -257,10 +299,11 @@ def coefficients_vjp(plan: Plan, drows: Rows, drows_k: Rows | None, dblock_end: 
     """Eq. (13): dtheta, dalpha, deta; overwrites the G of `drows`."""
     call = plan.call
     dtheta, dalpha, deta = (torch.empty_like(gate) for gate in (call.theta, call.alpha, call.eta))
-    coefficients_vjp_kernel[plan.blocks](
-        theta_ptr=call.theta, alpha_ptr=call.alpha, eta_ptr=call.eta, drows=drows, drows_k=drows_k,
+    run_coefficients_vjp(
+        plan.blocks, plan.key,
+        theta_ptr=call.theta, alpha_ptr=call.alpha, eta_ptr=call.eta, where=plan.where, drows=drows, drows_k=drows_k,
         dblock_end=dblock_end, ln_ptr=torch.empty_like(drows.G), dtheta_ptr=dtheta, dalpha_ptr=dalpha, deta_ptr=deta,
-        **plan.gates,
+        **plan.sizes, tile=plan.gate_tile, **ONE_WARP,
     )  # fmt: skip
     return dtheta, dalpha, deta
 
@@ -269,15 +312,14 @@ def backward(
     call: Call, M0: Tensor, S0: Tensor, x: Tensor, r: Tensor, do: Tensor, dM: Tensor, dS: Tensor, danchor: Tensor
 ) -> tuple[Tensor | None, ...]:
     """Cotangents of q, k, v, w, b, theta, alpha, eta and of the initial M, S and anchor."""
-    plan = plan_of(call)
+    plan = plan_of(call, M0, S0, x, r, do, dM, dS, danchor)
     (_, H, D, _), K = call.M.shape, plan.layout.slots
     if K * H == 0:
         inputs = (call.q, call.k, call.v, call.w, call.b, call.theta, call.alpha, call.eta)
         return *(None if x is None else torch.zeros_like(x) for x in inputs), dM.clone(), dS.clone(), danchor.clone()
     c, saved = coefficients(plan), Saved(M0, S0, x, r, dM.new_empty(*call.q.shape[:3], 2))
-    # slots that no block uses stay zero; they are summed with the others. Of so many both tensors begin at multiples of
-    # 16 bytes: where one does not, Triton compiles a kernel of its own
-    dwb = dM.new_zeros(2, K + -K % 4, H, D)
+    # slots that no block uses stay zero; they are summed with the others
+    dwb = (dM.new_empty if all_used(plan) else dM.new_zeros)(2, K, H, D)
     daffine = Affine(*dwb)
     drows, dq, du, dk, dstate0 = output_vjp(plan, c.rows, saved, do, daffine)
     dstate_L, dinitial = state_vjp(plan, c.step_end, saved, State(dM, dS, danchor), du, dstate0)
@@ -289,6 +331,9 @@ def backward(
     # make room for what the next kernel needs
     del dstate_L, dy_k
     gates = coefficients_vjp(plan, drows, drows_k, dblock_end)
-    # of their own storage each
-    dw, db = (None, None) if call.w is None else (total.clone() for total in dwb.sum(1))
+    dw, db = None, None
+    if call.w is not None and call.b is not None:
+        sum_dw, sum_db = dwb.sum(1)
+        # of their own storage each
+        dw, db = sum_dw.to(call.w.dtype, copy=True), sum_db.to(call.b.dtype, copy=True)
     return dq, dk, dv, dw, db, *gates, *dinitial

@@ -167,7 +167,7 @@ def tile_of(call: Call, layout: Layout) -> Tile:
     full = call.q.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
     return _tile(
         D=D,
-        BD=max(16, triton.next_power_of_2(D)),
+        BD=max(16, 1 << (D - 1).bit_length()),
         NORM=call.w is not None,
         # the stages but `coefficients` see no gates
         LOG=False,
@@ -203,7 +203,7 @@ def step_tile(call: Call) -> Tile:
     D = call.q.shape[-1]
     return _tile(
         D=D,
-        BD=triton.next_power_of_2(D),
+        BD=1 << (D - 1).bit_length(),
         NORM=call.w is not None,
         LOG=call.log_gates,
         RESUMED=call.offset is not None,

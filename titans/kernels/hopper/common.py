@@ -10,6 +10,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 TILE = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
 VECTOR = gl.constexpr(gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0]))
@@ -23,6 +24,16 @@ def product(warps: list[int], columns: int) -> gl.NVMMADistributedLayout:
 def copying(BD: int, warps: int) -> gl.BlockedLayout:
     """Layout in which `warps` warps copy rows of BD numbers of 2 bytes, 16 bytes a thread at once."""
     return gl.BlockedLayout([1, 8], [256 // BD, BD // 8], [warps, 1], [1, 0])
+
+
+class Descriptor(TensorDescriptor):  # type: ignore[misc]
+    """A tensor as the copy engine moves it, without the checks of it, which would be made at every launch.
+
+    The tensor begins at a multiple of 16 bytes, see `aligned`, and so does each of its rows, see `choose`.
+    """
+
+    def __post_init__(self) -> None:
+        """Check nothing."""
 
 
 def aligned(x: Tensor) -> Tensor:

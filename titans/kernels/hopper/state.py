@@ -19,6 +19,7 @@ S_free       copies -> chain   M0 and S0 have been saved
 from __future__ import annotations
 
 import functools
+from collections.abc import Hashable
 from typing import Any
 
 from torch import Tensor
@@ -32,13 +33,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from titans.arguments import Call
 from titans.kernels.block import own_step, sequence_of, span, step_count
 from titans.kernels.hopper.common import (
     TILE,
     VECTOR,
+    Descriptor,
     aligned,
     as_column,
     as_row,
@@ -55,6 +56,7 @@ from titans.kernels.hopper.common import (
     store_width,
     two_means,
 )
+from titans.kernels.launcher import Launcher
 from titans.kernels.tile import Affine, End, Saved, State, Tile, Where
 
 ONE_EACH = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
@@ -323,17 +325,23 @@ def options(BD: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def engines(k: Tensor, v: Tensor, saved: Saved, BS: int) -> dict[str, TensorDescriptor | None]:
+run = Launcher(hopper_state_kernel)
+
+
+def engines(k: Tensor, v: Tensor, saved: Saved, BS: int) -> dict[str, Descriptor | None]:
     """Tell the copy engine of the tensors that it moves, if a row fills a tile."""
     D, names = k.shape[-1], ("k_engine", "v_engine", "M0_engine", "S0_engine")
     if D not in (64, 128):
         return dict.fromkeys(names)
-    tokens = [TensorDescriptor.from_tensor(x.view(-1, x.shape[-2] * D), [BS, D], TILE.value) for x in (k, v)]
-    squares = [TensorDescriptor.from_tensor(x.view(-1, D), [D, D], TILE.value) for x in (saved.M0, saved.S0)]
+    B, T, H, _ = k.shape
+    tokens = [Descriptor(x, [B * T, H * D], [H * D, 1], [BS, D], TILE.value) for x in (k, v)]
+    squares = [Descriptor(x, [len(x) * H * D, D], [D, 1], [D, D], TILE.value) for x in (saved.M0, saved.S0)]
     return dict(zip(names, tokens + squares, strict=True))
 
 
-def launch_state(call: Call, where: Where, tile: Tile, step_end: End, saved: Saved, final: State) -> None:
+def launch_state(
+    call: Call, where: Where, tile: Tile, step_end: End, saved: Saved, final: State, key: Hashable
+) -> None:
     """Launch the kernel, as `titans.kernels.launch.state` does the portable one."""
     (N, H, D, _), T, initial = call.M.shape, call.q.shape[1], State(call.M, call.S, call.anchor)
     if T == 0:
@@ -342,7 +350,8 @@ def launch_state(call: Call, where: Where, tile: Tile, step_end: End, saved: Sav
             new.copy_(old)
         return
     k, v = aligned(call.k), aligned(call.v)
-    hopper_state_kernel[(N * H,)](
+    run(
+        N * H, key,
         k_ptr=k, v_ptr=v, **engines(k, v, saved, call.chunk_size), affine=Affine(call.w, call.b), step_end=step_end,
         initial=initial, where=where, saved=saved, final=final, T=T, H=H, eps=call.eps, tile=tile,
         **options(64 if D <= 64 else 128),

@@ -21,6 +21,7 @@ results the launch for the full ones before it takes for the cotangents of a fin
 from __future__ import annotations
 
 import functools
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import torch
@@ -34,13 +35,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from titans.arguments import Call
 from titans.kernels.block import sequence_of
 from titans.kernels.hopper.common import (
     TILE,
     VECTOR,
+    Descriptor,
     add_two,
     aligned,
     as_column,
@@ -50,6 +51,7 @@ from titans.kernels.hopper.common import (
     product,
     store_width,
 )
+from titans.kernels.launcher import Launcher
 from titans.kernels.tile import Affine, BlockState, End, Saved, State, Tile, Where
 
 C = gl.constexpr(64)
@@ -71,14 +73,14 @@ def add_three(x, y, z, x_, y_, z_):
 class Engine(NamedTuple):
     """Tensors as the copy engine moves them, a tile at once."""
 
-    k: TensorDescriptor  # (B T, H, D)
-    v: TensorDescriptor
-    x: TensorDescriptor
-    du: TensorDescriptor
-    dM0: TensorDescriptor  # (K H, D, D)
-    dS0: TensorDescriptor
-    dM_L: TensorDescriptor
-    dS_L: TensorDescriptor
+    k: Descriptor  # (B T, H, D)
+    v: Descriptor
+    x: Descriptor
+    du: Descriptor
+    dM0: Descriptor  # (K H, D, D)
+    dS0: Descriptor
+    dM_L: Descriptor
+    dS_L: Descriptor
 
 
 class Slots(NamedTuple):
@@ -538,21 +540,24 @@ def options(BD: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def rows_of_heads(x: Tensor, BD: int) -> TensorDescriptor:
+run = Launcher(hopper_state_vjp_kernel)
+
+
+def rows_of_heads(x: Tensor, BD: int) -> Descriptor:
     """Tiles (64, 1, BD) of x, shape (B, T, H, D)."""
     B, T, H, D = x.shape
-    return TensorDescriptor(x, [B * T, H, D], [H * D, D, 1], [C.value, 1, BD], BOX.value)
+    return Descriptor(x, [B * T, H, D], [H * D, D, 1], [C.value, 1, BD], BOX.value)
 
 
-def squares(x: Tensor, BD: int) -> TensorDescriptor:
+def squares(x: Tensor, BD: int) -> Descriptor:
     """Tiles (1, BD, BD) of x, shape (K, H, D, D)."""
     K, H, D, _ = x.shape
-    return TensorDescriptor(x, [K * H, D, D], [D * D, D, 1], [1, BD, BD], BOX.value)
+    return Descriptor(x, [K * H, D, D], [D * D, D, 1], [1, BD, BD], BOX.value)
 
 
 def launch_state_vjp(
     call: Call, where: Where, tile: Tile, step_end: End, saved: Saved, dfinal: State, du: Tensor, dstate0: BlockState,
-    dstate_L: BlockState, dinitial: State,
+    dstate_L: BlockState, dinitial: State, key: Hashable,
 ) -> None:  # fmt: skip
     """Launch the kernel, as `titans.kernels.launch.state_vjp` does the portable one.
 
@@ -573,7 +578,8 @@ def launch_state_vjp(
     ragged = where.cu_seqlens is not None or where.offset is not None or T % C.value > 0
     for tail in (1, 0) if ragged else (0,):
         reached = State(*(torch.empty_like(x) for x in dinitial)) if tail else dinitial
-        hopper_state_vjp_kernel[(N * H,)](
+        run(
+            N * H, key,
             k_ptr=k, v_ptr=v, **engines, affine=Affine(call.w, call.b), step_end=step_end, saved=saved, where=where,
             dfinal=dfinal, du_ptr=du, dinitial=reached, T=T, H=H, tail=tail, tile=tile, **options(BD),
         )  # fmt: skip
