@@ -8,6 +8,8 @@ OLDEST ?= .venv-oldest
 PIP_FLAGS ?=
 PYTEST_FLAGS ?=
 FAULTS_FLAGS ?=
+# What the atlas shows beside the maps that are stored.
+ATLAS ?= $(wildcard verdicts*.json maps*.json faults*.json benchmarks*.json recall*.json)
 SEEDS ?= 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20
 
 python := $(VENV)/bin/python
@@ -19,13 +21,16 @@ oldest := $(OLDEST)/.ready
 export OMP_NUM_THREADS = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help properties deep faults alarms test test-oldest lint format bench sanitize clean
+.PHONY: help properties atlas deep faults alarms test test-oldest lint format bench sanitize clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 properties: $(ready) ## check every law on examples that Hypothesis draws; the main job
-	$(python) -m pytest -n auto --progress $(PYTEST_FLAGS) properties/
+	$(python) -m pytest -n auto --progress --verdicts verdicts.json $(PYTEST_FLAGS) properties/
+
+atlas: $(ready) ## draw the verdicts of `make properties`, and measured errors over bounds, as one page: atlas.html
+	$(python) -m properties atlas $(wildcard properties/atlas/*.json) $(ATLAS) -o atlas.html
 
 test: $(ready) ## run the unit tests, those of the suite itself too
 	$(python) -m pytest -n auto $(PYTEST_FLAGS) tests/

@@ -6,7 +6,7 @@ Four models: the normalised and the plain memory, each with the gates of `Titans
 bias, which is customary.
 
     python examples/recall.py                # draws examples/recall.png
-    python examples/recall.py --seeds 0 1 2
+    python examples/recall.py --seeds 0 1 2 --json recall.json     # for `python -m properties atlas recall.json`
 
 It fails unless our gates reach an accuracy of 0.98 and the three sigmoids stay below 0.1.
 """
@@ -14,8 +14,12 @@ It fails unless our gates reach an accuracy of 0.98 and the three sigmoids stay 
 from __future__ import annotations
 
 import argparse
+import json
+import platform
+import sys
 import time
 from collections.abc import Sequence
+from datetime import date
 from itertools import product
 from pathlib import Path
 
@@ -124,6 +128,21 @@ def run(norm_memory: bool, sigmoid_gates: bool, steps: int, seed: int) -> tuple[
     return name, accuracies, accuracy < 0.1 if sigmoid_gates else accuracy >= 0.98
 
 
+def write(path: Path, runs: Sequence[tuple], results: Sequence[tuple]) -> None:
+    """Write the accuracies with date, device, versions and command."""
+    about = {
+        "date": date.today().isoformat(),
+        "device": platform.processor() or platform.machine(),
+        "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
+        "command": " ".join(["python", "examples/recall.py", *sys.argv[1:]]),
+    }
+    rows = [
+        {"name": name, "seed": seed, "accuracies": [round(x, 4) for x in accuracies]}
+        for (*_, seed), (name, accuracies, _) in zip(runs, results, strict=True)
+    ]
+    path.write_text(json.dumps({"kind": "titans recall", "about": about, "rows": rows}) + "\n")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train the four models with every seed; return the number of those that are not as they should be."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -131,6 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--picture", type=Path, default=Path(__file__).with_suffix(".png"))
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the accuracies of every step, too")
     options = parser.parse_args(arguments)
     models = product((True, False), (False, True))
     runs = [(*model, options.steps, seed) for seed, model in product(options.seeds, models)]
@@ -141,6 +161,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             results = pool.starmap(run, runs, chunksize=1)
     # those of the first seed
     draw({name: accuracies for name, accuracies, _ in results[:4]}, options.picture)
+    if options.json:
+        write(options.json, runs, results)
     return sum(not is_right for _, _, is_right in results)
 
 

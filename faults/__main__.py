@@ -27,6 +27,7 @@ from hypothesis import Phase, settings
 from faults.answers import keep_answers
 from faults.plant import ROOT, Fault, load, plant
 from faults.quick import Kill, collect, measure
+from properties.atlas.provenance import provenance
 from properties.harness.draws import COMMON
 from properties.harness.facts import Recorder
 from properties.harness.implementations import Implementation, implementation, share_of
@@ -184,9 +185,12 @@ def main() -> int:
 
 
 def write(path: Path | None, outcomes: Sequence[Outcome | Kill]) -> None:
-    """Write what was found, where a file was asked for."""
+    """Write what was found, where a file was asked for: `python -m properties atlas` draws outcomes as a matrix."""
     if path:
-        path.write_text(json.dumps([asdict(x) for x in outcomes], indent=1) + "\n")
+        kind = "titans quick faults" if any(isinstance(x, Kill) for x in outcomes) else "titans faults"
+        about = provenance(["python", "-m", "faults", *sys.argv[1:]], "cpu")
+        content = {"kind": kind, "about": about, "rows": [asdict(x) for x in outcomes]}
+        path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
+from properties.atlas import command as atlas
 from properties.harness import envelope, headers, report, verify_command
 from properties.harness.merging import Run, merge
 from properties.harness.verifying import Report
@@ -29,6 +30,7 @@ def main() -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     verify_command.describe(commands.add_parser("verify", help="check the laws on one or more implementations"))
     add_merge(commands.add_parser("merge", help="make one verdict per law of the files of all shards of a run"))
+    atlas.describe(commands)
     options = parser.parse_args()
     try:
         return int(options.run(options))

@@ -1,0 +1,91 @@
+"""The commands `collect` and `atlas` of `python -m properties`."""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from properties.atlas import collect, data, page
+from properties.atlas.grids import GRIDS, MEMORIES
+from properties.atlas.provenance import provenance
+from properties.harness.foreign import foreign
+from properties.harness.implementations import BACKENDS, Implementation, implementation
+from properties.harness.sharding import Shard
+
+IMPLEMENTATIONS = "recurrent,chunk,log,properties.adapters.ratios:chunk_titans_linear"
+
+
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add both commands; each sets `run`, a function of the options."""
+    collecting = commands.add_parser("collect", help="measure error / bound on the grids of the atlas: a minute or two")
+    collecting.add_argument(
+        "--backends",
+        default=IMPLEMENTATIONS,
+        metavar="NAMES",
+        help=f"backends and MODULE:CALLABLEs ({IMPLEMENTATIONS})",
+    )
+    collecting.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where they run (cpu)")
+    collecting.add_argument("--maps", default=",".join(GRIDS), metavar="NAMES", help=f"which of {','.join(GRIDS)}")
+    collecting.add_argument(
+        "--memories", default=",".join(MEMORIES), metavar="NAMES", help="plain or normalised (both)"
+    )
+    collecting.add_argument("--shard", default="1/1", metavar="I/N", help="measure the I-th of N shares of the cells")
+    collecting.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="where to write")
+    collecting.set_defaults(run=run_collect)
+    drawing = commands.add_parser("atlas", help="draw verdicts and measurements as one page")
+    drawing.add_argument(
+        "files",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="of --verdicts, collect, python -m faults, benchmarks, recall",
+    )
+    drawing.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the page")
+    drawing.add_argument("--picture", type=Path, metavar="FILE", help="also write the picture of the README, as PNG")
+    drawing.set_defaults(run=run_atlas)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run a command; a mistake is one line, and the exit status 2."""
+    try:
+        status: int = options.run(options)
+    except ValueError as error:
+        print(f"python -m properties: {error}", file=sys.stderr)
+        return 2
+    return status
+
+
+def run_collect(options: argparse.Namespace) -> int:
+    """Measure, and write the file; print a line for each group as it comes."""
+    torch.set_num_threads(1)
+    if options.device == "cpu":
+        # Triton looks at this when its kernels are imported.
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    subjects = [subject(name, options.device) for name in options.backends.split(",")]
+    grids, shard, groups = collect.selected(options.maps), Shard.parse(options.shard), []
+    about, begin = provenance(["python", "-m", "properties", *sys.argv[1:]], options.device), time.monotonic()
+    for found in collect.collect(subjects, grids, options.memories.split(","), shard):
+        groups += found
+        # A run that is cut off has measured something.
+        collect.write(options.output, groups, about)
+        print(f"{time.monotonic() - begin:6.1f} s: {found[0]['grid']}, {found[0]['memory']} memory", flush=True)
+    return 0
+
+
+def subject(name: str, device: str) -> Implementation:
+    """Return a backend, or an implementation by its MODULE:CALLABLE."""
+    return implementation(name, device) if name in BACKENDS else foreign(name, device)
+
+
+def run_atlas(options: argparse.Namespace) -> int:
+    """Write the page."""
+    found: Any = data.read(options.files)
+    page.write(options.output, found)
+    if options.picture:
+        page.write_picture(options.picture, found)
+    print(f"{options.output}: {options.output.stat().st_size / 2**20:.2f} MB")
+    return 0
