@@ -20,7 +20,7 @@ IMPLEMENTATIONS = "recurrent,chunk,log,properties.adapters.ratios:chunk_titans_l
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add both commands; each sets `run`, a function of the options."""
+    """Add both commands; each sets `run`, a function of the options, and `command`, its name."""
     collecting = commands.add_parser("collect", help="measure error / bound on the grids of the atlas: a minute or two")
     collecting.add_argument(
         "--backends",
@@ -35,7 +35,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     )
     collecting.add_argument("--shard", default="1/1", metavar="I/N", help="measure the I-th of N shares of the cells")
     collecting.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="where to write")
-    collecting.set_defaults(run=run_collect)
+    collecting.set_defaults(run=run_collect, command="collect")
     drawing = commands.add_parser("atlas", help="draw verdicts and measurements as one page")
     drawing.add_argument(
         "files",
@@ -46,7 +46,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     )
     drawing.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the page")
     drawing.add_argument("--picture", type=Path, metavar="FILE", help="also write the picture of the README, as PNG")
-    drawing.set_defaults(run=run_atlas)
+    drawing.set_defaults(run=run_atlas, command="atlas")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         status: int = options.run(options)
     except ValueError as error:
-        print(f"python -m properties: {error}", file=sys.stderr)
+        print(f"python -m properties {options.command}: {error}", file=sys.stderr)
         return 2
     return status
 

@@ -5,7 +5,7 @@ const dark = matchMedia("(prefers-color-scheme: dark)");
 const drawn = new Map();
 
 // The labels of a small map's rows, and its title.
-const LABELS = 100, SPACING = 14, NARROWEST = 8, WIDEST = 20;
+const LABELS = 115, SPACING = 14, NARROWEST = 8, WIDEST = 20;
 
 // Return as many columns as fit, and the cells of small maps so large that they fill them; at least two columns.
 function fit(picture, room) {

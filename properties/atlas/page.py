@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from properties.atlas import others, pictures, tables
+from properties.atlas import maps, others, pictures, tables
 from properties.atlas.data import About, Atlas, Judged, short
 from properties.atlas.pictures import Picture
 from properties.atlas.spec import sections
@@ -37,7 +37,7 @@ def vega() -> str:
 
 def write(path: Path, atlas: Atlas) -> None:
     """Write the page; without pictures it is small, and needs no vl-convert."""
-    drawn = [*pictures.maps(atlas.maps), *others.pictures(atlas)]
+    drawn = [*maps.maps(atlas.maps), *others.pictures(atlas)]
     content = {
         "pictures": [
             {"name": x.name, "column": x.column, "cells": x.cells, "wide": x.wide, "spec": shortened(x.spec)}
@@ -93,16 +93,16 @@ contributors).</p></footer>
 
 def sections_of(atlas: Atlas, drawn: Sequence[Picture]) -> Iterator[tuple[str, str]]:
     """Return the sections for which there are data, by their titles."""
-    maps = [x for x in drawn if x.name.startswith("map")]
+    mapped = [x for x in drawn if x.name.startswith("map")]
     growing = [x for x in drawn if x.name.startswith("growth")]
     if atlas.runs:
         yield "Verdicts", judged(atlas.runs)
-    if maps:
+    if mapped:
         yield (
             "Error over bound",
             (
                 "<p>Each cell is one call. Its colour is the worst error over its bound, of all elements of all "
-                "results: blue is within the bound, orange beyond.</p>" + KEY + figures(maps)
+                "results: blue is within the bound, orange beyond.</p>" + KEY + figures(mapped)
             ),
         )
     if growing:
@@ -226,10 +226,10 @@ def write_picture(path: Path, atlas: Atlas) -> None:
     import vl_convert
     from PIL import Image
 
-    (picture,) = (x for x in pictures.maps(atlas.maps) if x.name == pictures.FIRST)
+    (picture,) = (x for x in maps.maps(atlas.maps) if x.name == maps.FIRST)
     spec = copy.deepcopy(picture.spec)
     lines = [picture.caption, "Grey: true underflow. Hatched: ill-conditioned. ×: not finite."]
-    spec["title"] = {"text": "Error / bound of each call", "subtitle": lines, "offset": 12}
+    spec["title"] = {"text": "Error / bound of the values of each call", "subtitle": lines, "offset": 12}
     spec["config"] = pictures.theme(False)
     drawn = io.BytesIO(vl_convert.vegalite_to_png(spec, vl_version=VEGA_LITE, scale=2))
     # As it comes it is eight times as large.

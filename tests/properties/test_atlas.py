@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from properties.adapters import ratios
-from properties.atlas import collect, command, data, others, page, pictures, tables
+from properties.atlas import collect, command, data, maps, others, page, pictures, tables
 from properties.atlas.collect import Cell
 from properties.atlas.data import Atlas, Group, Judged, Measured
 from properties.atlas.grids import GATE_AXIS, GRIDS, MEMORIES, PLAINEST, complement
+from properties.atlas.pictures import Picture
 from properties.atlas.spec import sections, sentence
 from properties.harness.facts import Verdict
 from properties.harness.foreign import foreign
@@ -54,6 +55,10 @@ def measured(subject: Implementation | str, problem: Problem) -> dict[str, Cell]
 def verdict(**fields: Any) -> Verdict:
     row = {"test": f"properties/test_oracle.py::{LAW}[chunk]", "law": LAW, "sections": ("5.1",)}
     return Verdict(**row | {"implementation": "chunk", "verdict": "pass"} | fields)
+
+
+def drawn(atlas: Atlas) -> list[Picture]:
+    return [*maps.maps(atlas.maps), *others.pictures(atlas)]
 
 
 def everything() -> Atlas:
@@ -155,6 +160,7 @@ def test_another_file_is_refused(tmp_path: Path, content: str, message: str) -> 
 def test_a_mistake_on_the_command_line_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     options = argparse.Namespace(
         run=command.run_collect,
+        command="collect",
         device="cpu",
         backends="chunk",
         maps="gate",
@@ -164,7 +170,7 @@ def test_a_mistake_on_the_command_line_is_one_line(capsys: pytest.CaptureFixture
     )
     assert command.run(options) == 2
     assert capsys.readouterr().err == (
-        "python -m properties: a map must be one of decay, gates, sizes, growth, got gate\n"
+        "python -m properties collect: a map must be one of decay, gates, sizes, growth, got gate\n"
     )
 
 
@@ -178,15 +184,15 @@ def test_verdicts_are_read_with_their_origin(tmp_path: Path) -> None:
 
 
 def test_the_stored_maps_are_those_of_the_grids() -> None:
-    maps = data.read(MAPS).maps
-    assert {key[0] for key in maps} == {*GRIDS}
-    assert {"chunk", "log", "recurrent", RATIOS} <= {group.implementation for group in maps.values()}
+    found = data.read(MAPS).maps
+    assert {"decay", "gates", "sizes"} <= {key[0] for key in found} <= {*GRIDS}
+    assert {"chunk", "log", "recurrent", RATIOS} <= {group.implementation for group in found.values()}
     assert sum(path.stat().st_size for path in MAPS) < 200_000
 
 
 def test_levels_have_complements() -> None:
     assert [complement(x) for x in ("0", "1", "2^-1", "2^-8", "1-2^-8")] == ["1", "0", "2^-1", "1-2^-8", "2^-8"]
-    assert pictures.label("2^-4 .. 1-2^-12") == "2⁻⁴ … 1−2⁻¹²"
+    assert maps.label("2^-4 .. 1-2^-12") == "2⁻⁴ … 1−2⁻¹²"
 
 
 def test_the_sections_of_spec_are_read_in_their_order() -> None:
@@ -215,27 +221,27 @@ def test_a_cell_can_be_run_again() -> None:
 
 def test_a_picture_says_where_its_data_come_from() -> None:
     atlas = everything()
-    for picture in [*pictures.maps(atlas.maps), *others.pictures(atlas)]:
+    for picture in drawn(atlas):
         assert picture.alt
         assert all({"date", "device", "versions", "command"} <= set(about) for about in picture.abouts)
 
 
 def test_the_words_count_what_is_seen() -> None:
     cells = [Cell(0.5, "o", "."), Cell(3.0, "o", "."), Cell(math.inf, "o", "x"), Cell(0.1, "o", "i"), Cell()]
-    assert pictures.in_words(cells) == "1 of 4 cells beyond the bound, 1 not finite, 1 ill-conditioned"
-    assert pictures.in_words(cells[:1]) == "at most 0.5 of the bound"
-    assert [pictures.colour(cell) for cell in cells[1:3]] == [round(math.log10(3), 2), pictures.END]
+    assert maps.in_words(cells) == "1 of 4 cells beyond the bound, 1 not finite, 1 ill-conditioned"
+    assert maps.in_words(cells[:1]) == "at most 0.5 of the bound"
+    assert [maps.colour(cell) for cell in cells[1:3]] == [round(math.log10(3), 2), maps.END]
 
 
 def test_the_page_is_whole_and_small(tmp_path: Path) -> None:
     pytest.importorskip("vl_convert")
     path = tmp_path / "atlas.html"
-    page.write(path, everything())
+    page.write(path, atlas := everything())
     text = path.read_text()
     assert path.stat().st_size < 2e6
     assert "<img" not in text.partition('<script type="application/json"')[0]
     names = re.findall(r'class="picture[^"]*" id="([^"]+)"', text)
-    assert len(names) == len(set(names)) == 12
+    assert sorted(names) == sorted({picture.name for picture in drawn(atlas)})
     (content,) = re.findall(r'id="pictures">(.*?)</script>', text)
     assert [picture["name"] for picture in json.loads(content)["pictures"]] == sorted(names, key=names.index)
 
@@ -252,7 +258,7 @@ def test_verdicts_alone_need_no_vega(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_vega_lite_takes_every_picture() -> None:
     vl_convert = pytest.importorskip("vl_convert")
     atlas = everything()
-    for picture in [*pictures.maps(atlas.maps), *others.pictures(atlas)]:
+    for picture in drawn(atlas):
         vega = vl_convert.vegalite_to_vega(picture.spec, vl_version=page.VEGA_LITE)
         assert vega["marks"]
 

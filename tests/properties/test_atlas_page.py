@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from properties.atlas import page
-from tests.properties.test_atlas import everything
+from tests.properties.test_atlas import drawn, everything
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install --group dev")
 pytest.importorskip("vl_convert", reason="vl-convert-python is not installed: pip install --group dev")
@@ -57,7 +57,7 @@ def test_every_picture_is_drawn_and_nothing_overflows(
     marks = found.eval_on_selector_all(
         ".picture", "all => all.map(x => [x.id, x.querySelectorAll('svg .mark-rect path, svg .mark-line path').length])"
     )
-    assert len(marks) == 12
+    assert len(marks) == len(drawn(everything()))
     assert all(count > 0 for _, count in marks), marks
     assert found.evaluate("document.documentElement.scrollWidth") <= width
     assert trouble == []
