@@ -19,8 +19,8 @@ from properties.harness.sharding import Shard
 IMPLEMENTATIONS = "recurrent,chunk,log,properties.adapters.ratios:chunk_titans_linear"
 
 
-def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add both commands; each sets `run`, a function of the options, and `command`, its name."""
+def describe(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Describe both commands; each sets `run`, a function of the options, and `command`, its name."""
     collecting = commands.add_parser("collect", help="measure error / bound on the grids of the atlas: a minute or two")
     collecting.add_argument(
         "--backends",
@@ -47,16 +47,6 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     drawing.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the page")
     drawing.add_argument("--picture", type=Path, metavar="FILE", help="also write the picture of the README, as PNG")
     drawing.set_defaults(run=run_atlas, command="atlas")
-
-
-def run(options: argparse.Namespace) -> int:
-    """Run a command; a mistake is one line, and the exit status 2."""
-    try:
-        status: int = options.run(options)
-    except ValueError as error:
-        print(f"python -m properties {options.command}: {error}", file=sys.stderr)
-        return 2
-    return status
 
 
 def run_collect(options: argparse.Namespace) -> int:

@@ -13,7 +13,6 @@ from properties.harness.merging import Run, merge
 
 About = Mapping[str, str]
 TIMES, RECALL, FAULTS = "titans times", "titans recall", "titans faults"
-UNKNOWN = "not stated in the file"
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ def add(atlas: Atlas, shards: list[Run], path: Path, content: Any) -> None:
         if run.shard.of > 1:
             shards.append(run)
         else:
-            atlas.runs.append(Judged(header(run) | stated(content), run.verdicts))
+            atlas.runs.append(Judged(header(run), run.verdicts))
     else:
         raise ValueError(
             f"{path} must be a file of --verdicts, or of `python -m properties collect`, `python -m faults`, "
@@ -131,18 +130,11 @@ def add(atlas: Atlas, shards: list[Run], path: Path, content: Any) -> None:
 
 
 def header(run: Run) -> dict[str, str]:
-    """Return date, device, versions and command of a run, of which its header names some."""
-    lines = [line.removeprefix("titans: ") for line in run.about]
-    about = dict.fromkeys(("date", "command"), UNKNOWN)
-    return about | {"versions": lines[0] if lines else UNKNOWN, "device": "; ".join(lines[1:]) or UNKNOWN}
-
-
-def stated(content: Mapping[str, Any]) -> dict[str, str]:
-    """Return what a file of verdicts itself says of the run."""
-    said = {name: str(content[name]) for name in ("date", "command", "device") if content.get(name)}
-    if isinstance(versions := content.get("versions"), dict):
-        said["versions"] = ", ".join(f"{name} {number}" for name, number in versions.items())
-    return said
+    """Return date, device, versions and command of a run."""
+    about = {name: str(run.header[name]) for name in ("date", "device", "command")}
+    about["versions"] = ", ".join(f"{name} {number}" for name, number in run.header["versions"].items())
+    # The lines of the header after that of the versions: implementations, device and profile.
+    return about | {"device": "; ".join([about["device"], *(x.removeprefix("titans: ") for x in run.about[1:])])}
 
 
 def add_maps(atlas: Atlas, path: Path, content: Mapping[str, Any]) -> None:
