@@ -30,7 +30,8 @@ def main() -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     verify_command.describe(commands.add_parser("verify", help="check the laws on one or more implementations"))
     add_merge(commands.add_parser("merge", help="make one verdict per law of the files of all shards of a run"))
-    atlas.describe(commands)
+    atlas.describe_collect(commands.add_parser("collect", help="measure error / bound on the grids of the atlas"))
+    atlas.describe_atlas(commands.add_parser("atlas", help="draw verdicts and measurements as one page"))
     options = parser.parse_args()
     try:
         return int(options.run(options))

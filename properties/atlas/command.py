@@ -19,34 +19,30 @@ from properties.harness.sharding import Shard
 IMPLEMENTATIONS = "recurrent,chunk,log,properties.adapters.ratios:chunk_titans_linear"
 
 
-def describe(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Describe both commands; each sets `run`, a function of the options, and `command`, its name."""
-    collecting = commands.add_parser("collect", help="measure error / bound on the grids of the atlas: a minute or two")
-    collecting.add_argument(
+def describe_collect(parser: argparse.ArgumentParser) -> None:
+    """Describe the command `collect`."""
+    parser.set_defaults(run=run_collect, command="collect")
+    parser.add_argument(
         "--backends",
         default=IMPLEMENTATIONS,
         metavar="NAMES",
         help=f"backends and MODULE:CALLABLEs ({IMPLEMENTATIONS})",
     )
-    collecting.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where they run (cpu)")
-    collecting.add_argument("--maps", default=",".join(GRIDS), metavar="NAMES", help=f"which of {','.join(GRIDS)}")
-    collecting.add_argument(
-        "--memories", default=",".join(MEMORIES), metavar="NAMES", help="plain or normalised (both)"
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where they run (cpu)")
+    parser.add_argument("--maps", default=",".join(GRIDS), metavar="NAMES", help=f"which of {','.join(GRIDS)}")
+    parser.add_argument("--memories", default=",".join(MEMORIES), metavar="NAMES", help="plain or normalised (both)")
+    parser.add_argument("--shard", default="1/1", metavar="I/N", help="measure the I-th of N shares of the cells")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="where to write")
+
+
+def describe_atlas(parser: argparse.ArgumentParser) -> None:
+    """Describe the command `atlas`."""
+    parser.set_defaults(run=run_atlas, command="atlas")
+    parser.add_argument(
+        "files", nargs="+", type=Path, metavar="FILE", help="of verdicts, collect, python -m faults, benchmarks, recall"
     )
-    collecting.add_argument("--shard", default="1/1", metavar="I/N", help="measure the I-th of N shares of the cells")
-    collecting.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="where to write")
-    collecting.set_defaults(run=run_collect, command="collect")
-    drawing = commands.add_parser("atlas", help="draw verdicts and measurements as one page")
-    drawing.add_argument(
-        "files",
-        nargs="+",
-        type=Path,
-        metavar="FILE",
-        help="of --verdicts, collect, python -m faults, benchmarks, recall",
-    )
-    drawing.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the page")
-    drawing.add_argument("--picture", type=Path, metavar="FILE", help="also write the picture of the README, as PNG")
-    drawing.set_defaults(run=run_atlas, command="atlas")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the page")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="also write the picture of the README, as PNG")
 
 
 def run_collect(options: argparse.Namespace) -> int:
