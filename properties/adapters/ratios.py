@@ -1,7 +1,8 @@
 """The chunk form with its coefficients as ratios of cumulative products, as it is often written.
 
 It is equation (7) of `titans/README.md`, and differentiable; but the products underflow within a chunk, and then it
-divides by zero. Everything else is as in the backend `chunk`.
+divides by zero. Everything else is as in the backend `chunk`. Its gradients miss exact zeros: that of the first eta is
+0 where there is no momentum to begin with, and the quotients leave a rounding error of it.
 """
 
 from typing import Any

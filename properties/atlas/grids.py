@@ -86,7 +86,7 @@ GRIDS = {
         Grid(
             "decay",
             "Decay per token and sequence length",
-            "decay per token, 1 - alpha",
+            "decay 1 - alpha",
             "tokens T",
             "A memory that learns nothing (theta = 0) and only decays; C = 16, D = 2, eps = 1.",
             tuple(DECAYS),

@@ -1,5 +1,6 @@
 """The maps of error over bound."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 
@@ -11,12 +12,20 @@ from properties.atlas.pictures import Picture, Spec, abouts
 
 # Of the colour scale, in powers of ten: beyond, all is as bad, or as good.
 END = 4
+# Of no error, and of no number.
+BEYOND = 99
 SPACING = 14
 # Diagonal lines that fill a cell.
 HATCH: Spec = {
     "type": "point", "shape": "M-1,0L0,-1M-1,1L1,-1M0,1L1,0", "size": {"expr": "pow(0.9 * step, 2)"}, "style": "hatch",
     "filled": False, "strokeWidth": 1,
 }  # fmt: skip
+# Error / bound as text, and the state of a cell.
+WORDS = {NOT_FINITE: "not finite", RAISED: "raised", UNDERFLOW: "true underflow", UNSURE: "ill-conditioned", JUDGED: ""}
+SHOWN = (
+    f"(datum.v == {-BEYOND} ? 'no error ' : datum.v == {BEYOND} ? '' : format(pow(10, datum.v), '.2~g') + ' ')"
+    f" + ({json.dumps(WORDS)})[datum.s]"
+)
 CROSS: Spec = {"type": "text", "style": "cross", "text": "×", "fontSize": {"expr": "step"}}
 # The picture of the README.
 FIRST = "map-gates-values"
@@ -46,18 +55,23 @@ def heat_map(grid: Grid, part: str, groups: Sequence[Group]) -> Picture:
     """Return error over bound in each cell of a grid, with a small map for each memory and implementation."""
     facets = [f"{group.memory}: {group.title}" for group in groups]
     rows = [
-        {"c": number, "f": facet, "v": colour(cell), "s": cell.state, "n": cell.result, "r": shown(cell)}
-        for facet, group in zip(facets, groups, strict=True)
+        {"c": number, "g": place, "v": colour(cell), "s": cell.state, "n": cell.result}
+        for place, group in enumerate(groups)
         for number, cell in enumerate(group.cells)
         if cell.state != ABSENT
     ]
+    names = [{"g": place, "f": facet} for place, facet in enumerate(facets)]
     places = [{"c": number, "x": label(x), "y": label(y)} for number, (x, y) in enumerate(grid.places())]
     step = 18 if len(grid.x) < 10 else 13
     header = {"labelExpr": "split(datum.label, ': ')"}
     spec: Spec = {
         "params": [{"name": "step", "value": step}],
         "data": {"values": rows},
-        "transform": [{"lookup": "c", "from": {"data": {"values": places}, "key": "c", "fields": ["x", "y"]}}],
+        "transform": [
+            {"lookup": "c", "from": {"data": {"values": places}, "key": "c", "fields": ["x", "y"]}},
+            {"lookup": "g", "from": {"data": {"values": names}, "key": "g", "fields": ["f"]}},
+            {"calculate": SHOWN, "as": "r"},
+        ],
         "facet": {"field": "f", "type": "nominal", "sort": facets, "title": None, "header": header},
         "columns": 5,
         "spacing": SPACING,
@@ -73,6 +87,7 @@ def heat_map(grid: Grid, part: str, groups: Sequence[Group]) -> Picture:
         abouts=abouts(groups),
         column=step * len(grid.x) + SPACING,
         cells=len(grid.x),
+        margin=40 + 5 * max(len(label(y)) for y in grid.y),
     )
 
 
@@ -123,17 +138,10 @@ LAYERS = [
 
 
 def colour(cell: Cell) -> float:
-    """Return the power of ten of error / bound; the ends of the scale for zero, and for no number."""
-    if cell.state in (NOT_FINITE, RAISED) or math.isnan(cell.ratio):
-        return END
-    return round(max(-END, min(END, math.log10(cell.ratio) if cell.ratio > 0 else -END)), 2)
-
-
-def shown(cell: Cell) -> str:
-    """Return error / bound as text, with the state of the cell."""
-    words = {NOT_FINITE: "not finite", RAISED: "raised", UNDERFLOW: "true underflow", UNSURE: "ill-conditioned"}
-    number = f"{cell.ratio:.3g}"
-    return number if cell.state == JUDGED else f"{number}, {words[cell.state]}"
+    """Return the power of ten of error / bound; the colours end before it may."""
+    if cell.state in (NOT_FINITE, RAISED) or not cell.ratio < math.inf:
+        return BEYOND
+    return round(math.log10(cell.ratio), 2) if cell.ratio > 0 else -BEYOND
 
 
 def label(text: str) -> str:

@@ -4,15 +4,14 @@ const atlas = JSON.parse(document.getElementById("pictures").textContent);
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const drawn = new Map();
 
-// The labels of a small map's rows, and its title.
-const LABELS = 115, SPACING = 14, NARROWEST = 8, WIDEST = 20;
+const SPACING = 14, NARROWEST = 8, WIDEST = 24;
 
 // Return as many columns as fit, and the cells of small maps so large that they fill them; at least two columns.
 function fit(picture, room) {
   if (!picture.column) return { columns: 0 };
   const most = picture.spec.columns;
   if (!picture.cells) return { columns: Math.max(1, Math.min(most, Math.floor(room / picture.column))) };
-  const wide = room - LABELS + SPACING;
+  const wide = room - picture.margin + SPACING;
   const columns = Math.max(2, Math.min(most, Math.floor(wide / picture.column)));
   const step = Math.floor((wide / columns - SPACING) / picture.cells);
   return { columns, step: Math.max(NARROWEST, Math.min(WIDEST, step)) };

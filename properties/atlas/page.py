@@ -40,7 +40,14 @@ def write(path: Path, atlas: Atlas) -> None:
     drawn = [*maps.maps(atlas.maps), *others.pictures(atlas)]
     content = {
         "pictures": [
-            {"name": x.name, "column": x.column, "cells": x.cells, "wide": x.wide, "spec": shortened(x.spec)}
+            {
+                "name": x.name,
+                "column": x.column,
+                "cells": x.cells,
+                "margin": x.margin,
+                "wide": x.wide,
+                "spec": shortened(x.spec),
+            }
             for x in drawn
         ],
         "themes": {"light": pictures.theme(False) | {"background": None}, "dark": pictures.theme(True)},

@@ -24,8 +24,9 @@ class Picture:
         Of Vega-Lite, without colours of its own: `theme` has them.
     abouts : sequence of About
         Where its data come from.
-    column, cells : int
-        The pixels that a column of small pictures needs, where it has columns; the cells in a row of a small map.
+    column, cells, margin : int
+        The pixels that a column of small pictures needs, where it has columns; the cells in a row of a small map; the
+        pixels that the labels of its rows need.
     wide : bool
         Whether it scrolls by itself where the screen is narrow.
     """
@@ -38,6 +39,7 @@ class Picture:
     abouts: Sequence[About]
     column: int = 0
     cells: int = 0
+    margin: int = 0
     wide: bool = False
 
 

@@ -1,5 +1,7 @@
 """The page of the atlas in a real browser: nothing goes wrong, nothing overflows, every picture is drawn."""
 
+import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,21 +12,27 @@ import pytest
 from properties.atlas import page
 from tests.properties.test_atlas import drawn, everything
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install --group dev")
 pytest.importorskip("vl_convert", reason="vl-convert-python is not installed: pip install --group dev")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path: Path = tmp_path_factory.mktemp("atlas") / "atlas.html"
-    page.write(path, everything())
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file: Path = tmp_path_factory.mktemp("atlas") / "atlas.html"
+    page.write(file, everything())
+    return file
+
+
+@pytest.fixture
+def url(path: Path) -> str:
     return path.as_uri()
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine: apt-get install chromium")
+    sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install --group dev")
     with sync_api.sync_playwright() as driver:
         # A container has neither a sandbox nor much shared memory.
         options = ["--no-sandbox", "--disable-dev-shm-usage"]
@@ -49,6 +57,16 @@ def opened(browser: Any, url: str, trouble: list[str], **options: Any) -> Any:
     return found
 
 
+def test_the_page_is_whole_and_small(path: Path) -> None:
+    text = path.read_text()
+    assert path.stat().st_size < 2e6
+    assert "<img" not in text.partition('<script type="application/json"')[0]
+    names = re.findall(r'class="picture[^"]*" id="([^"]+)"', text)
+    assert sorted(names) == sorted({picture.name for picture in drawn(everything())})
+    (content,) = re.findall(r'id="pictures">(.*?)</script>', text)
+    assert [picture["name"] for picture in json.loads(content)["pictures"]] == sorted(names, key=names.index)
+
+
 @pytest.mark.parametrize(("width", "scheme"), [(390, "light"), (1400, "dark")])
 def test_every_picture_is_drawn_and_nothing_overflows(
     browser: Any, url: str, trouble: list[str], width: int, scheme: str
@@ -67,7 +85,7 @@ def test_every_picture_is_drawn_and_nothing_overflows(
     found.context.close()
 
 
-def test_the_table_is_filtered_and_the_keyboard_is_enough(browser: Any, url: str, trouble: list[str]) -> None:
+def test_the_page_answers(browser: Any, url: str, trouble: list[str]) -> None:
     found = opened(browser, url, trouble, viewport={"width": 1400, "height": 900})
     found.keyboard.press("Tab")
     assert found.evaluate("document.activeElement.className") == "skip"
@@ -79,5 +97,8 @@ def test_the_table_is_filtered_and_the_keyboard_is_enough(browser: Any, url: str
     found.select_option("form[data-table=verdicts] select[name=verdict]", "")
     found.fill("form[data-table=verdicts] input", "half")
     assert found.locator("#verdicts tbody tr:visible").get_attribute("data-implementation") == "log"
+    found.locator("#map-gates-values .mark-rect path").nth(30).hover()
+    tooltip = found.locator("#vg-tooltip-element").inner_text()
+    assert re.search(r"error / bound:?\s+0\.\d+", tooltip), tooltip
     assert trouble == []
     found.context.close()
