@@ -18,6 +18,7 @@ from tests.titans.compile_kernels import NoGPU, resources
 from titans import kernels
 from titans.arguments import Call
 from titans.kernels import hopper
+from titans.kernels.hopper import forward
 
 H, C = 2, 64
 
@@ -38,6 +39,8 @@ VARIANTS = [
     for plain in (False, True)
     for both in (False, True)
 ] + [Variant(40), Variant(72)]
+# of which narrow tiles have another form where there are many programs
+MANY = [Variant(64), Variant(64, plain=True, packed=True, resumed=True), Variant(40)]
 
 
 def call_of(variant: Variant) -> Call:
@@ -52,8 +55,9 @@ def call_of(variant: Variant) -> Call:
     return Call(q, k, v, w, b, theta, alpha, eta, M, S, anchor, offset, cu_seqlens, 1e-6, C, False)
 
 
-def compiled(variant: Variant) -> list[Any]:
-    """Compile the Hopper kernels among those that a forward and a backward would launch."""
+def compiled(variant: Variant, many: bool) -> list[Any]:
+    """Compile the Hopper kernels among those that a forward and a backward would launch, of few or `many` programs."""
+    forward.multiprocessors = lambda device: 1 if many else 132
     found: list[Any] = []
 
     def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -64,7 +68,8 @@ def compiled(variant: Variant) -> list[Any]:
     call = call_of(variant)
     try:
         o, *final, M0, S0, x, r = kernels.forward(call)
-        kernels.backward(call, M0, S0, x, r, o, *final)
+        if not many:
+            kernels.backward(call, M0, S0, x, r, o, *final)
     finally:
         JITFunction.run = run
     return found
@@ -81,12 +86,13 @@ def spilled(cubin: bytes) -> int:
     return len(re.findall(r"\b(?:LDL|STL)\b", loop))
 
 
-def facts(variant: Variant, kernel: Any) -> dict[str, Any]:
+def facts(variant: Variant, many: bool, kernel: Any) -> dict[str, Any]:
     """Return what the tests ask about."""
     ptx = kernel.asm["ptx"]
     return {
         "name": f"{kernel.name} {variant}",
         "D": variant.D,
+        "many": many,
         "shared": kernel.metadata.shared,
         "products": len(re.findall(r"ttng\.warp_group_dot ", kernel.asm["ttgir"])),
         "mma": sorted(set(re.findall(r"wgmma\.mma_async\S*\.f32\.(\w+\.\w+)", ptx))),
@@ -98,5 +104,6 @@ def facts(variant: Variant, kernel: Any) -> dict[str, Any]:
 
 if __name__ == "__main__":
     driver.set_active(NoGPU())  # type: ignore[arg-type]
-    hopper.stages_of = lambda call: hopper.Stages(state=True, state_vjp=True)
-    print(json.dumps([facts(variant, kernel) for variant in VARIANTS for kernel in compiled(variant)]))
+    hopper.stages_of = lambda call: hopper.Stages(forward=True, state_vjp=True)
+    cases = [(variant, False) for variant in VARIANTS] + [(variant, True) for variant in MANY]
+    print(json.dumps([facts(*case, kernel) for case in cases for kernel in compiled(*case)]))

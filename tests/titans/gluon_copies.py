@@ -68,11 +68,11 @@ _others = base._modules
 
 
 @contextmanager
-def interpreted(name: str, change: Callable[[str], str] = lambda text: text) -> Iterator[Any]:
+def interpreted(name: str, change: Callable[[str], str] = lambda text: text, changed: str = "") -> Iterator[Any]:
     """`gluon_interpreter.interpreted`, with these copies."""
     with (
         patch.object(base, "_modules", _modules),
         patch.object(base, "Jit", Jit),
-        base.interpreted(name, change) as module,
+        base.interpreted(name, change, changed) as module,
     ):
         yield module

@@ -52,7 +52,9 @@ class Role(threading.Thread):
         self.turn, self.done, self.error = threading.Event(), False, None
         self.ready: Callable[[], bool] = lambda: True
         self.products: list[Product] = []
-        self.stores = 0
+        # stores of the copy engine: how many were started, which have not been read, and which have not been made
+        self.started, self.unread, self.unmade = 0, set[int](), set[int]()
+        self.polls = 0
 
     def run(self) -> None:
         try:
@@ -153,7 +155,7 @@ class Jit:
         def launch(num_warps: int, **arguments: Any) -> None:
             for name, value in arguments.items():
                 number = name in self.numbers
-                arguments[name] = torch.tensor(value, dtype=torch.int32) if number else _pointers(value)
+                arguments[name] = torch.tensor(value, dtype=torch.int32) if number else pointers(value)
             for pid in range(*grid):
                 current[:] = [Program(pid, seeds[0])]
                 self.function(**arguments)
@@ -161,10 +163,10 @@ class Jit:
         return launch
 
 
-def _pointers(x: Any) -> Any:
+def pointers(x: Any) -> Any:
     """Tensors as pointers, also those of a tuple."""
     if isinstance(x, tuple):
-        return type(x)(*map(_pointers, x))
+        return type(x)(*map(pointers, x))
     return Pointer(x.view(-1)) if isinstance(x, Tensor) else x
 
 
@@ -176,6 +178,10 @@ class Pointer:
 
     def __add__(self, offset: Any) -> Pointer:
         return Pointer(self.flat, self.at + offset)
+
+    def to(self, dtype: Any) -> Pointer:
+        """The address as a number."""
+        return self
 
 
 def _valid(pointer: Pointer, mask: Any) -> tuple[Tensor, Tensor]:
@@ -332,38 +338,91 @@ def _copy_out(desc: TensorDescriptor, corner: Sequence[Any], tile: Shared) -> No
     assert tile.shape == at.shape
     tile.fenced()
     role = here()
-    role.stores += 1
+    role.started += 1
+    number = role.started
+    role.unread.add(number)
+    role.unmade.add(number)
 
-    def copy() -> None:
-        desc.base.view(-1)[at[inside]] = tile.fenced()[inside]
-        role.stores -= 1
+    def read() -> None:
+        value = tile.fenced()[inside]
+        role.unread.remove(number)
 
-    current[0].copies.append(copy)
+        def make() -> None:
+            desc.base.view(-1)[at[inside]] = value
+            role.unmade.remove(number)
+
+        current[0].copies.append(make)
+
+    current[0].copies.append(read)
     role.wait(lambda: True)
 
 
 def _store_wait(pendings: int) -> None:
+    """Wait until all stores but the last ones have been read."""
     role = here()
-    role.wait(lambda: role.stores <= pendings)
+    role.wait(lambda: all(number > role.started - pendings for number in role.unread))
+
+
+def _made_wait(pendings: int) -> None:
+    """Wait until all stores but the last ones have been made."""
+    role = here()
+    role.wait(lambda: all(number > role.started - pendings for number in role.unmade))
+
+
+# more than the steps of any test
+POLLS = 1000
+# called with the count that is handed over, at the moment when it is
+released: list[Callable[[int], None]] = []
+
+
+def _atomic_xchg(pointer: Pointer, value: Any, sem: str, scope: str) -> None:
+    """Hand over a count; what this role has stored is visible, as it would be after a barrier."""
+    assert (sem, scope) == ("release", "gpu")
+    store(pointer, torch.as_tensor(value))
+    for see in released:
+        see(int(value))
+
+
+def _atomic_add(pointer: Pointer, value: Any, sem: str, scope: str) -> Tensor:
+    before = load(pointer)
+    store(pointer, before + value)
+    return before
+
+
+def _inline_asm(asm: str, constraints: str, args: Sequence[Any], **_: Any) -> Any:
+    """The instructions of `handover.py`; others do nothing."""
+    if asm.startswith("cp.async.bulk.wait_group "):
+        _made_wait(int(asm.split()[1].rstrip(";")))
+    if not asm.startswith("ld.acquire"):
+        return args[0]
+    role = here()
+    role.polls += 1
+    if role.polls > POLLS:
+        raise Deadlock("a count is waited for that never comes")
+    return load(args[0])
 
 
 class Product:
     """a b + sum, made when it is started, or when it is waited for."""
 
-    def __init__(self, a: Shared, b: Shared, acc: Tensor, use_acc: Any) -> None:
+    def __init__(self, a: Shared | Tensor, b: Shared, acc: Tensor, use_acc: Any) -> None:
         self.a, self.b, self.acc = a, b, acc if bool(use_acc) else torch.zeros_like(acc)
         self.value: Tensor | None = None
-        a.fenced(), b.fenced()
+        self.left(), b.fenced()
         if current[0].policy == 0:
             self.make()
 
     def make(self) -> Tensor:
         if self.value is None:
-            self.value = self.acc + self.a.fenced().float() @ self.b.fenced().float()
+            self.value = self.acc + self.left().float() @ self.b.fenced().float()
         return self.value
 
+    def left(self) -> Tensor:
+        """The left operand, which may be in registers."""
+        return self.a if isinstance(self.a, Tensor) else self.a.fenced()
 
-def warpgroup_mma(a: Shared, b: Shared, acc: Tensor, *, use_acc: Any = True, is_async: bool = False) -> Any:
+
+def warpgroup_mma(a: Shared | Tensor, b: Shared, acc: Tensor, *, use_acc: Any = True, is_async: bool = False) -> Any:
     product = Product(a, b, acc, use_acc)
     if not is_async:
         return product.make()
@@ -403,6 +462,17 @@ def reduce(values: Any, axis: int, combine: Any) -> Any:
     return tuple(x.squeeze(axis) for x in parts)
 
 
+def _scan(values: Any, axis: int, combine: Any) -> Any:
+    """Fold from the first to the last, one by one."""
+    parts = values if isinstance(values, tuple) else (values,)
+    folded = [tuple(x.select(axis, 0) for x in parts)]
+    for i in range(1, parts[0].shape[axis]):
+        result = combine(*folded[-1], *(x.select(axis, i) for x in parts))
+        folded.append(result if isinstance(result, tuple) else (result,))
+    sums = tuple(torch.stack(x, axis) for x in zip(*folded, strict=True))
+    return sums if isinstance(values, tuple) else sums[0]
+
+
 def _pairwise(of_tensors: Any, of_numbers: Any) -> Any:
     def function(x: Any, y: Any) -> Any:
         if isinstance(x, Tensor) or isinstance(y, Tensor):
@@ -420,8 +490,8 @@ def where(condition: Any, x: Any, y: Any) -> Any:
 
 def _language() -> ModuleType:
     gl = ModuleType(f"{GLUON}.language")
-    for name in ("NVMMASharedLayout", "SwizzledSharedLayout", "BlockedLayout", "SliceLayout", "NVMMADistributedLayout"):
-        setattr(gl, name, Layout)
+    for name in ("NVMMAShared", "SwizzledShared", "Blocked", "Slice", "NVMMADistributed", "DotOperand"):
+        setattr(gl, f"{name}Layout", Layout)
     gl.__dict__.update(
         constexpr=lambda x: Constexpr(x) if isinstance(x, int) else x,
         bfloat16=torch.bfloat16, float32=torch.float32, int32=torch.int32, int64=torch.int64,
@@ -432,7 +502,8 @@ def _language() -> ModuleType:
         maximum=_pairwise(torch.maximum, max), minimum=_pairwise(torch.minimum, min), rsqrt=torch.rsqrt,
         sum=lambda x, axis: reduce((x,), axis, lambda a, b: (a + b,))[0],
         allocate_shared_memory=allocate_shared_memory,
-        inline_asm_elementwise=lambda asm, constraints, args, **_: args[0],
+        inline_asm_elementwise=_inline_asm, atomic_add=_atomic_add, atomic_xchg=_atomic_xchg, exp=torch.exp,
+        convert_layout=lambda x, layout: x, associative_scan=_scan, barrier=lambda: None,
         warp_specialize=lambda roles, warps, registers: current[0].run(roles),
     )  # fmt: skip
     return gl
@@ -466,16 +537,25 @@ def _modules() -> dict[str, ModuleType]:
     return named | {"triton.language": gl}
 
 
+# what a module imports, itself last
+PARTS = {
+    "state_vjp": ("block", "hopper.common", "hopper.state_vjp"),
+    "output": ("block", "hopper.common", "hopper.handover", "hopper.state_vjp", "hopper.output"),
+}
+PARTS["forward"] = (*PARTS["output"], "hopper.state", "hopper.forward")
+
+
 @contextmanager
-def interpreted(name: str, change: Callable[[str], str] = lambda text: text) -> Iterator[Any]:
-    """Load a module of `titans.kernels.hopper` for this interpreter, its text `change`d."""
+def interpreted(name: str, change: Callable[[str], str] = lambda text: text, changed: str = "") -> Iterator[Any]:
+    """Load a module of `titans.kernels.hopper` for this interpreter, its text `change`d, or that of another one."""
     with patch.dict(sys.modules, _modules()):
-        for part in ("block", "hopper.common", f"hopper.{name}"):
+        for part in PARTS[name]:
             full = f"titans.kernels.{part}"
             path = KERNELS / f"{part.replace('.', '/')}.py"
             spec = importlib.util.spec_from_file_location(full, path)
             assert spec is not None
             module = sys.modules[full] = importlib.util.module_from_spec(spec)
             text = path.read_text()
-            exec(compile(change(text) if part.endswith(name) else text, str(path), "exec"), module.__dict__)
+            text = change(text) if part == f"hopper.{changed or name}" else text
+            exec(compile(text, str(path), "exec"), module.__dict__)
         yield module

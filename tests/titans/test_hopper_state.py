@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from tests.titans import gluon_copies, gluon_interpreter
 from titans.arguments import Call
+from titans.kernels.hopper.ends import LINE
 from titans.kernels.tile import End, Saved, State, block_rows, tile_of, where_of
 from titans.partition import layout_of
 
@@ -84,10 +86,37 @@ def run(call: Call, end: End, order: int, change: Callable[[str], str] = lambda 
     squares = (torch.full((layout.slots, H, D, D), torch.nan, dtype=torch.bfloat16) for _ in range(2))
     saved = Saved(*squares, torch.full_like(call.q, torch.nan), torch.full(call.q.shape[:3], torch.nan))
     final = State(*(torch.full_like(call.M, torch.nan) for _ in range(3)))
+    o, count = torch.full_like(call.q, torch.nan), torch.zeros(len(call.M) * H + 1, LINE, dtype=torch.int32)
+
+    def see(chunks: int) -> None:
+        """What is handed over has been stored."""
+        n, h = divmod(gluon_interpreter.current[0].pid // 2, H)
+        for slot, B, rows in list(pieces(call, n))[:chunks]:
+            stored = [saved.M0[slot, h], saved.S0[slot, h], saved.x[B, rows, h]]
+            assert not any(x.isnan().any() for x in stored)
+
     gluon_interpreter.seeds[0] = order
-    with gluon_copies.interpreted("state", change) as module:
-        module.launch_state(call, where_of(call, layout), tile_of(call, layout), end, saved, final, None)
+    released = [see] if bool(call.k.isfinite().all()) else []
+    with (
+        patch.object(gluon_interpreter, "released", released),
+        gluon_copies.interpreted("forward", change, "state") as module,
+    ):
+        # the programs of the outputs have tests of their own
+        module.run_outputs = lambda *_: None
+        module.launch_forward(call, where_of(call, layout), tile_of(call, layout), end, count, saved, final, o, None)
+    assert count[:-1, 0].tolist() == [len(list(pieces(call, n))) for n in range(len(call.M)) for _ in range(H)]
+    assert count[-1, 0] == 2 * len(call.M) * H
     return Made(*saved[:4], *final)
+
+
+def pieces(call: Call, n: int) -> Iterator[tuple[int, int, slice]]:
+    """Slot, row of the batch, and tokens of each piece of sequence n."""
+    cu, slack, slots = call.cu_seqlens, C - 1 + (C - 1) * (call.offset is not None), layout_of(call, C).slots
+    B, begin, L = (n, 0, call.q.shape[1]) if cu is None else (0, int(cu[n]), int(cu[n + 1] - cu[n]))
+    first = n * slots // len(call.M) if cu is None else (begin + n * slack) // C
+    offset = 0 if call.offset is None else int(call.offset[n])
+    for i in range((offset + L - 1) // C + 1) if L else ():
+        yield first + i, B, slice(begin + max(i * C - offset, 0), begin + min((i + 1) * C - offset, L))
 
 
 def norm(y: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -107,16 +136,14 @@ def forward(call: Call, end: End, dtype: torch.dtype, rounded: Callable[[Tensor]
         *(x.to(dtype, copy=True) for x in (call.M, call.S, call.anchor)),
     )  # fmt: skip
     used = torch.zeros(layout.slots, dtype=torch.bool)
-    cu, slack = call.cu_seqlens, C - 1 + (C - 1) * (call.offset is not None)
     for n in range(len(call.M)):
-        B, begin, L = (n, 0, call.q.shape[1]) if cu is None else (0, int(cu[n]), int(cu[n + 1] - cu[n]))
-        first_slot = n * layout.slots // len(call.M) if cu is None else (begin + n * slack) // C
-        offset = 0 if call.offset is None else int(call.offset[n])
         M, S, A = made.M[n].clone(), made.S[n].clone(), made.anchor[n].clone()
-        for i in range((offset + L - 1) // C + 1) if L else ():
-            rows = slice(begin + max(i * C - offset, 0), begin + min((i + 1) * C - offset, L))
+        offset = 0 if call.offset is None else int(call.offset[n])
+        done = offset
+        for slot, B, rows in pieces(call, n):
             k, v = (t[B, rows].to(dtype).transpose(0, 1) for t in (call.k, call.v))
-            slot, length = first_slot + i, rows.stop - rows.start
+            length = rows.stop - rows.start
+            done += length
             used[slot] = True
             n_L, G_L = end.weights[slot, :, :, :length].to(dtype)[..., None].unbind(1)
             beta, f, m = end.transition[slot].to(dtype)[:, :, None, None].unbind(1)
@@ -131,7 +158,7 @@ def forward(call: Call, end: End, dtype: torch.dtype, rounded: Callable[[Tensor]
             made.x[B, rows] = rounded(x).transpose(0, 1)
             M = beta * M + f * S - k.mT @ rounded(2 * G_L * u)
             S = m * S - k.mT @ rounded(2 * n_L * u)
-            if begin + (i + 1) * C - offset <= begin + L:
+            if done % C == 0:
                 A = M.clone()
         made.M[n], made.S[n], made.anchor[n] = M, S, A
     return made, used
@@ -209,11 +236,13 @@ def test_what_is_not_finite_stays_in_its_sequence_and_head() -> None:
 
 WHOLE, RAGGED = Case(64, 256), Case(40, 200, cu_seqlens=(0, 100, 200), offset=(7, 0))
 ENGINE_RAGGED = Case(64, 200, cu_seqlens=(0, 100, 200), offset=(7, 0))
+HANDED = "hand_over(count_ptr, pid,"
+COUNTED = "        all_stored(chunks)\n"
+READ = "        mbarrier.wait(read.index(0), (i & 1) ^ 1)\n"
 PARITY = "mbarrier.wait(done.index(0), i & 1"
 UNFENCED = "        mbarrier.arrive(full, count=2)"
 WEIGHT = "uG_s.store((as_column(c_s.index(3 * slot"
 LAST_STORE = "        S_s.store(S.to(gl.bfloat16))\n"
-TOKENS = "saved.x, x_s, step.row, step.H, "
 FAULTS = {
     "rows after the end of a sequence not cleared": (ENGINE_RAGGED, "if length < tile.BS:", "if length < 0:"),
     "M0 of the step before": (WHOLE, "(M0_engine, [row.to(gl.int32)", "(M0_engine, [row.to(gl.int32) - tile.D"),
@@ -232,10 +261,12 @@ FAULTS = {
     "A not fenced": (WHOLE, f"{LAST_STORE}        fence_async_shared()\n", LAST_STORE),
     "k not fenced": (RAGGED, f"        fence_async_shared()\n{UNFENCED}", UNFENCED),
     "operands announced before they have arrived": (RAGGED, "    async_copy.wait_group(0)\n", ""),
-    "x overwritten before it is saved": (WHOLE, "        mbarrier.wait(x_free.index(0), (i & 1) ^ 1)\n", ""),
-    "M0 overwritten before it is saved": (WHOLE, "        mbarrier.wait(S_free.index(0), (i & 1) ^ 1)\n", ""),
+    "x and M0 overwritten before they are saved": (WHOLE, READ, ""),
     "M0 released before the engine has read it": (WHOLE, "tma.store_wait(0)\n", "pass\n"),
-    "rows after a sequence written": (RAGGED, f"{TOKENS}step.length", f"{TOKENS}tile.BS"),
+    "rows after a sequence written": (RAGGED, "mask=(t < length) &", "mask=(t < tile.BS) &"),
+    "u handed over before it has been stored": (WHOLE, COUNTED, "        pass\n"),
+    "a chunk handed over too early": (WHOLE, f"{HANDED} i,", f"{HANDED} i + 1,"),
+    "the last chunks never handed over": (WHOLE, f"{HANDED} steps, tile)", "pass"),
     "mean over the padded width": (RAGGED, "mean(y, tile.D)", "mean(y, tile.BD)"),
 }  # fmt: skip
 

@@ -170,12 +170,6 @@ def state(plan: Plan, step_end: End, saved: Saved) -> State:
     """Eq. (8)-(10): the final state; writes `saved`."""
     call = plan.call
     final = State(*(torch.empty_like(call.M) for _ in range(3)))
-    if hopper.stages_of(call).state:
-        # Gluon is experimental: it is imported where it is used
-        from titans.kernels.hopper.state import launch_state
-
-        launch_state(call, plan.where, plan.tile, step_end, saved, final, plan.key)
-        return final
     run_state(
         plan.chains, plan.key,
         k_ptr=call.k, v_ptr=call.v, affine=plan.affine, step_end=step_end,
@@ -207,6 +201,19 @@ def all_used(plan: Plan) -> bool:
     return plan.layout.NB == 1 and plan.where.cu_seqlens is None and plan.where.offset is None
 
 
+def hopper_forward(plan: Plan, saved: Saved) -> tuple[Tensor, ...]:
+    """The forward for compute capability 9.0: o and the final state; writes `saved`."""
+    # Gluon is experimental: it is imported where it is used
+    from titans.kernels.hopper.ends import launch_ends
+    from titans.kernels.hopper.forward import launch_forward
+
+    call, where, key = plan.call, plan.where, plan.key
+    o, final = torch.empty_like(call.q), State(*(torch.empty_like(call.M) for _ in range(3)))
+    step_end, count = launch_ends(call, plan.layout, where, plan.gate_tile, key)
+    launch_forward(call, where, plan.tile, step_end, count, saved, final, o, key)
+    return o, *final
+
+
 def forward(call: Call) -> tuple[Tensor, ...]:
     """The op: o, the final M, S and anchor, and for the backward the M0 and S0 of every block, x and r."""
     plan = plan_of(call)
@@ -217,6 +224,8 @@ def forward(call: Call) -> tuple[Tensor, ...]:
     saved = Saved(new(K, H, D, D), new(K, H, D, D), x, r)
     if K * H == 0:
         return torch.empty_like(call.q), call.M.clone(), call.S.clone(), call.anchor.clone(), *saved[:4]
+    if hopper.stages_of(call).forward:
+        return *hopper_forward(plan, saved), *saved[:4]
     c = coefficients(plan)
     final = state(plan, c.step_end, saved)
     return output(plan, c.rows, saved), *final, *saved[:4]
@@ -249,6 +258,7 @@ def state_vjp(
     dstate_L = dstate0 if plan.layout.PER == 1 else BlockState(*(torch.empty_like(x) for x in dstate0))
     dinitial = State(*(torch.empty_like(call.M) for _ in range(3)))
     if hopper.stages_of(call).state_vjp:
+        # Gluon is experimental: it is imported where it is used
         from titans.kernels.hopper.state_vjp import launch_state_vjp
 
         launch_state_vjp(

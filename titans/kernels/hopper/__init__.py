@@ -1,7 +1,8 @@
 """The stages of the chain in Gluon, for compute capability 9.0; `choose` says which calls they take.
 
-The chain lies in `state.py`, with `launch_state`, its reverse in `state_vjp.py`, with `launch_state_vjp`. Each writes
-the buffers of the portable kernel, so either may run beside the portable kernel of the other.
+The forward is one kernel, `forward.py`: its chain lies in `state.py`, its outputs in `output.py`; `ends.py` makes the
+coefficients of the chain before. The reverse of the chain lies in `state_vjp.py`. Each writes the buffers of the
+portable kernels, so either direction may run with the portable kernels of the other.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ CHUNK = 64
 class Stages(NamedTuple):
     """Which stages of a call run as Hopper kernels; all others are the portable Triton kernels."""
 
-    state: bool = False
+    forward: bool = False
     state_vjp: bool = False
 
 
@@ -59,7 +60,7 @@ def choose(
     # rows are copied 16 bytes at a time
     if not 32 < D <= 128 or D % 8:
         return Stages()
-    return Stages(state=True, state_vjp=True)
+    return Stages(forward=True, state_vjp=True)
 
 
 @functools.cache

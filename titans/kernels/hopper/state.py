@@ -2,27 +2,21 @@
 
 chain   4 or 8 warps   u = u(k A), M and S; both in the float32 accumulators of the tensor cores
 copies  4 warps        k, v and the coefficients of the steps' ends to shared memory, STAGES steps ahead;
-                       M0, S0, x and r from there
+                       M0, S0, x, r and u from there; the count of the steps for which all this is done
 
 The chain's warps touch global memory before and after the loop only: their fences would wait for it. Where a row fills
-a tile, the copy engine moves k, v, M0 and S0: copies by warps took up to a fifth of a step, since they share the way to
-shared memory with the chain.
+a tile, the copy engine moves k, v, M0 and S0, and x and u of whole chunks. Copies by warps took up to a fifth of a
+step, since they share the way to shared memory with the chain.
 
 The roles meet at barriers in shared memory, each of which is completed once a step:
 
 full[slot]   copies -> chain   the operands of a step have arrived; half of it is the copy engine's
-done         chain -> copies   a step is over: its slot is free; x, r and the next M0 and S0 can be saved
-x_free       copies -> chain   x and r have been saved
-S_free       copies -> chain   M0 and S0 have been saved
+done         chain -> copies   a step is over: its slot is free; x, r, u and the next M0 and S0 can be saved
+read         copies -> chain   they have been read, and can be overwritten
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Hashable
-from typing import Any
-
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
@@ -34,42 +28,37 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from titans.arguments import Call
 from titans.kernels.block import own_step, sequence_of, span, step_count
 from titans.kernels.hopper.common import (
     TILE,
     VECTOR,
-    Descriptor,
-    aligned,
     as_column,
     as_row,
     as_scalar,
     copy_rows,
     copy_vector,
-    copying,
+    grid_of,
     less_mean,
     load_square,
     mean,
-    product,
-    save_rows,
     store_square,
     store_width,
     two_means,
 )
-from titans.kernels.launcher import Launcher
-from titans.kernels.tile import Affine, End, Saved, State, Tile, Where
+from titans.kernels.hopper.handover import LINE, all_stored, release, role_barrier
 
+PART = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 ONE_EACH = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 
 
 @gluon.jit
 def load_step(
-    k_ptr, v_ptr, k_engine, v_engine, step_end, k_s, v_s, c_s, full, slot, step, token,
+    k_ptr, v_ptr, k_engine, v_engine, step_end, k_s, v_s, c_s, full, slot, step, token, h,
     tile: gl.constexpr, COPY: gl.constexpr,
 ):  # fmt: skip
     """Start copying the operands of a step to a slot; the engine copies the rows after its last as well."""
     if tile.D == tile.BD:
-        at = [token.to(gl.int32), gl.program_id(0) % step.H * tile.D]
+        at = [token.to(gl.int32), h * tile.D]
         mbarrier.expect(full.index(slot), 2 * tile.BS * tile.D * 2)
         tma.async_copy_global_to_shared(k_engine, at, full.index(slot), k_s.index(slot))
         tma.async_copy_global_to_shared(v_engine, at, full.index(slot), v_s.index(slot))
@@ -83,13 +72,51 @@ def load_step(
 
 
 @gluon.jit
-def save_squares(M0_engine, S0_engine, A_s, S_s, row, wanted, tile: gl.constexpr):
-    """Let the copy engine start storing M0 and S0, if there is a step that they enter."""
-    # the compiler must see neither where the engine is not used
-    if tile.D == tile.BD:  # noqa: SIM102
-        if wanted:
+def save_part(x_ptr, tile_s, row, H, length, tile: gl.constexpr):
+    """Store `length` rows, in global memory H rows apart, 16 of 64 columns at a time."""
+    PER: gl.constexpr = tile_s.shape[0] // 16
+    PARTS: gl.constexpr = PER * (tile.BD // 64)
+    parts = tile_s._reinterpret(gl.bfloat16, [PARTS, 16, 64], TILE)
+    offs_t, offs_d = grid_of(16, 64, PART)
+    # a bound which the compilers do not know keeps the loop: unrolled, it takes registers that this role does not have
+    for i in range(PARTS + H // 2**24):
+        t = offs_t + i % PER * 16
+        d = offs_d + i // PER * 64
+        at = x_ptr + row * tile.D + (t * (H * tile.D) + d)
+        gl.store(at, parts.index(i).load(PART), mask=(t < length) & (d < tile.D))
+
+
+@gluon.jit
+def save_squares(M0_engine, S0_engine, saved, A_s, S_s, row, wanted, tile: gl.constexpr):
+    """Start storing M0 and S0, if there is a step that they enter."""
+    if wanted:
+        # the compiler must see neither where the engine is not used
+        if tile.D == tile.BD:
             tma.async_copy_shared_to_global(M0_engine, [row.to(gl.int32), 0], A_s)
             tma.async_copy_shared_to_global(S0_engine, [row.to(gl.int32), 0], S_s)
+        else:
+            one = wanted.to(gl.int32)
+            save_part(saved.M0, A_s, row, one, tile.D, tile)
+            save_part(saved.S0, S_s, row, one, tile.D, tile)
+
+
+@gluon.jit
+def save_tokens(x_engine, u_engine, saved, u_ptr, x_s, u_s, r_s, step, token, h, tile: gl.constexpr):
+    """Start storing x and u of a step, and store r; the engine would store rows after its last as well."""
+    if tile.D == tile.BD:
+        if step.length == tile.BS:
+            at = [token.to(gl.int32), h * tile.D]
+            tma.async_copy_shared_to_global(x_engine, at, x_s)
+            tma.async_copy_shared_to_global(u_engine, at, u_s)
+        else:
+            save_part(saved.x, x_s, step.row, step.H, step.length, tile)
+            save_part(u_ptr, u_s, step.row, step.H, step.length, tile)
+    else:
+        save_part(saved.x, x_s, step.row, step.H, step.length, tile)
+        save_part(u_ptr, u_s, step.row, step.H, step.length, tile)
+    if tile.NORM:
+        offs_t = gl.arange(0, tile.BS, layout=ONE_EACH)
+        gl.store(saved.r + step.row + offs_t * step.H, r_s.load(ONE_EACH), mask=offs_t < step.length)
 
 
 @gluon.jit
@@ -105,46 +132,49 @@ def announce(full, tile: gl.constexpr):
 
 
 @gluon.jit
-def save_tokens(saved, x_s, r_s, step, tile: gl.constexpr, COPY: gl.constexpr):
-    """Store x and r of a step."""
-    save_rows(saved.x, x_s, step.row, step.H, step.length, tile.D, COPY)
-    if tile.NORM:
-        offs_t = gl.arange(0, tile.BS, layout=ONE_EACH)
-        gl.store(saved.r + step.row + offs_t * step.H, r_s.load(ONE_EACH), mask=offs_t < step.length)
+def hand_over(count_ptr, pid, chunks, tile: gl.constexpr):
+    """Release a count of chunks, when all stores of this role have been made: those of its engine, and its own."""
+    if tile.D == tile.BD:
+        all_stored(chunks)
+    role_barrier()
+    release(count_ptr + pid * LINE, chunks)
 
 
 @gluon.jit
 def copy_part(
-    k_ptr, v_ptr, k_engine, v_engine, M0_engine, S0_engine, step_end, saved,
-    k_s, v_s, c_s, A_s, S_s, x_s, r_s, full, done, x_free, S_free, sequence, steps, H,
+    pid, k_ptr, v_ptr, k_engine, v_engine, x_engine, u_engine, M0_engine, S0_engine, step_end, saved, u_ptr, count_ptr,
+    k_s, v_s, c_s, A_s, S_s, x_s, u_s, r_s, full, done, read, sequence, steps, H,
     tile: gl.constexpr, COPY: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """After step i: save x and r of step i, M0 and S0 of step i + 1, and fetch the operands of step i + STAGES."""
-    h = gl.program_id(0) % H
+    """After step i: save x, r and u of step i, M0 and S0 of step i + 1, and fetch the operands of step i + STAGES."""
+    h = pid % H
     for i in range(-STAGES, steps):
         ahead = i + STAGES
-        own = own_step(i, sequence, h, H, tile.BS, tile)
-        next_square = (own.index + H) * tile.D
         if i >= 0:
             mbarrier.wait(done.index(0), i & 1)
-            save_squares(M0_engine, S0_engine, A_s, S_s, next_square, i + 1 < steps, tile)
+            # now the stores of the step before have been made, or nearly so
+            if i > 0:
+                hand_over(count_ptr, pid, i, tile)
+            own = own_step(i, sequence, h, H, tile.BS, tile)
+            token = sequence.begin + span(i, sequence, tile.BS, tile.BS, tile)[0]
+            next_square = (own.index + H) * tile.D
+            save_squares(M0_engine, S0_engine, saved, A_s, S_s, next_square, i + 1 < steps, tile)
+            save_tokens(x_engine, u_engine, saved, u_ptr, x_s, u_s, r_s, own, token, h, tile)
         if ahead < steps:
             step = own_step(ahead, sequence, h, H, tile.BS, tile)
             token = sequence.begin + span(ahead, sequence, tile.BS, tile.BS, tile)[0]
             load_step(
-                k_ptr, v_ptr, k_engine, v_engine, step_end, k_s, v_s, c_s, full, ahead % STAGES, step, token, tile, COPY
-            )
+                k_ptr, v_ptr, k_engine, v_engine, step_end, k_s, v_s, c_s, full, ahead % STAGES, step, token, h,
+                tile, COPY,
+            )  # fmt: skip
         if i >= 0:
-            save_tokens(saved, x_s, r_s, own, tile, COPY)
-            mbarrier.arrive(x_free.index(0), count=1)
             if tile.D == tile.BD:
                 tma.store_wait(0)
-            elif i + 1 < steps:
-                save_rows(saved.M0, A_s, next_square, 1, tile.D, tile.D, COPY)
-                save_rows(saved.S0, S_s, next_square, 1, tile.D, tile.D, COPY)
-            mbarrier.arrive(S_free.index(0), count=1)
+            mbarrier.arrive(read.index(0), count=1)
         if ahead < steps:
             announce(full.index(ahead % STAGES), tile)
+    if steps > 0:
+        hand_over(count_ptr, pid, steps, tile)
 
 
 @gluon.jit
@@ -186,13 +216,13 @@ def inner_gradient(y, target, w_s, length, eps, tile: gl.constexpr, LAYOUT: gl.c
 
 @gluon.jit
 def chain_part(
-    affine, initial, saved, final, k_s, v_s, c_s, A_s, S_s, uG_s, un_s, x_s, r_s, w_s, full, done, x_free, S_free,
-    sequence, steps, H, eps,
+    pid, affine, initial, saved, final, k_s, v_s, c_s, A_s, S_s, uG_s, un_s, x_s, u_s, r_s, w_s,
+    full, done, read, sequence, steps, H, eps,
     tile: gl.constexpr, TOKENS: gl.constexpr, SQUARE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The steps. A is the anchor of the first, then M rounded to bfloat16."""
-    pid = gl.program_id(0).to(gl.int64)
-    h = gl.program_id(0) % H
+    h = pid % H
+    pid = pid.to(gl.int64)
     anchor = load_square(initial.anchor, pid, tile, SQUARE)
     store_square(final.anchor, anchor, pid, tile, SQUARE)
     A_s.store(anchor.to(gl.bfloat16))
@@ -236,14 +266,14 @@ def chain_part(
         k_T = k.permute((1, 0))
         M = warpgroup_mma(k_T, uG_s, M, is_async=True)
         un_s.store((as_column(c_s.index(3 * slot), TOKENS) * -2 * u).to(gl.bfloat16))
-        mbarrier.wait(x_free.index(0), (i & 1) ^ 1)
+        mbarrier.wait(read.index(0), (i & 1) ^ 1)
+        u_s.store(u.to(gl.bfloat16))
         x_s.store(x.to(gl.bfloat16))
         if tile.NORM:
             r_s.store(r)
         fence_async_shared()
         S = warpgroup_mma(k_T, un_s, S, is_async=True)
         M = warpgroup_mma_wait(1, deps=[M, k, uG_s])[0]
-        mbarrier.wait(S_free.index(0), (i & 1) ^ 1)
         A_s.store(M.to(gl.bfloat16))
         S = warpgroup_mma_wait(0, deps=[S, k, un_s])[0]
         S_s.store(S.to(gl.bfloat16))
@@ -255,24 +285,20 @@ def chain_part(
     store_square(final.S, S, pid, tile, SQUARE)
 
 
-@gluon.jit(do_not_specialize=["T", "H"])
-def hopper_state_kernel(
-    k_ptr, v_ptr,  # (B, T, H, D)
-    k_engine, v_engine, M0_engine, S0_engine,  # k, v (B T, H D), M0 and S0 (K H D, D) as the copy engine moves them
-    affine, step_end, initial, where,
-    saved, final,  # out
-    T, H, eps, tile: gl.constexpr,
+@gluon.jit
+def run_chain(
+    pid, k_ptr, v_ptr, k_engine, v_engine, x_engine, u_engine, M0_engine, S0_engine, affine, step_end, initial, where,
+    saved, final, u_ptr, count_ptr, T, H, eps, tile: gl.constexpr,
     TOKENS: gl.constexpr, SQUARE: gl.constexpr, COPY: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """Eq. (8)-(10), as `titans.kernels.state.state_kernel`, for chunks of BS tokens.
+    """Eq. (8)-(10), as `titans.kernels.state.state_kernel`, for chunks of BS tokens, of sequence and head `pid`.
 
-    Grid: (N H,).
     Reads: k, v, w, b, coefficients of the steps' ends, the initial state.
-    Writes: M0, S0 of each block, x and r of (2) (x = k A in the plain memory), the final state.
+    Writes: M0, S0 of each block, x and r of (2) (x = k A in the plain memory), u, the final state; how many chunks.
     """
     BS: gl.constexpr = tile.BS
     BD: gl.constexpr = tile.BD
-    sequence = sequence_of(gl.program_id(0) // H, where, T, BS, tile)
+    sequence = sequence_of(pid // H, where, T, BS, tile)
     steps = step_count(sequence, BS, tile)
     k_s = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BS, BD], TILE)
     v_s = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BS, BD], TILE)
@@ -282,77 +308,24 @@ def hopper_state_kernel(
     uG_s = gl.allocate_shared_memory(gl.bfloat16, [BS, BD], TILE)
     un_s = gl.allocate_shared_memory(gl.bfloat16, [BS, BD], TILE)
     x_s = gl.allocate_shared_memory(gl.bfloat16, [BS, BD], TILE)
+    u_s = gl.allocate_shared_memory(gl.bfloat16, [BS, BD], TILE)
     r_s = gl.allocate_shared_memory(gl.float32, [BS], VECTOR)
     w_s = gl.allocate_shared_memory(gl.float32, [2, BD], VECTOR)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     done = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
-    x_free = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
-    S_free = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    read = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=2)
     mbarrier.init(done.index(0), count=1)
-    mbarrier.init(x_free.index(0), count=1)
-    mbarrier.init(S_free.index(0), count=1)
+    mbarrier.init(read.index(0), count=1)
     gl.warp_specialize(
         [
-            (chain_part, (affine, initial, saved, final, k_s, v_s, c_s, A_s, S_s, uG_s, un_s, x_s, r_s, w_s,
-                          full, done, x_free, S_free, sequence, steps, H, eps, tile, TOKENS, SQUARE, STAGES)),
-            (copy_part, (k_ptr, v_ptr, k_engine, v_engine, M0_engine, S0_engine, step_end, saved,
-                         k_s, v_s, c_s, A_s, S_s, x_s, r_s,
-                         full, done, x_free, S_free, sequence, steps, H, tile, COPY, STAGES)),
+            (chain_part, (pid, affine, initial, saved, final, k_s, v_s, c_s, A_s, S_s, uG_s, un_s, x_s, u_s, r_s, w_s,
+                          full, done, read, sequence, steps, H, eps, tile, TOKENS, SQUARE, STAGES)),
+            (copy_part, (pid, k_ptr, v_ptr, k_engine, v_engine, x_engine, u_engine, M0_engine, S0_engine, step_end,
+                         saved, u_ptr, count_ptr, k_s, v_s, c_s, A_s, S_s, x_s, u_s, r_s,
+                         full, done, read, sequence, steps, H, tile, COPY, STAGES)),
         ],
         [4],
         [REGISTERS],
-    )  # fmt: skip
-
-
-@functools.cache
-def options(BD: int) -> dict[str, Any]:
-    """Constants of the kernel that depend on the width of its tiles.
-
-    With narrow tiles two programs share a multiprocessor: so it has no more than 128 registers a thread to begin with,
-    of which those of the copies go to the chain.
-    """
-    if BD == 64:
-        layout = product([4, 1], 64)
-        return {
-            "TOKENS": layout, "SQUARE": layout, "COPY": copying(64, 4), "STAGES": 4, "REGISTERS": 48,
-            "num_warps": 4, "maxnreg": 128,
-        }  # fmt: skip
-    return {
-        "TOKENS": product([4, 2], 64), "SQUARE": product([8, 1], 128), "COPY": copying(128, 4), "STAGES": 2,
-        "REGISTERS": 24, "num_warps": 8,
-    }  # fmt: skip
-
-
-run = Launcher(hopper_state_kernel)
-
-
-def engines(k: Tensor, v: Tensor, saved: Saved, BS: int) -> dict[str, Descriptor | None]:
-    """Tell the copy engine of the tensors that it moves, if a row fills a tile."""
-    D, names = k.shape[-1], ("k_engine", "v_engine", "M0_engine", "S0_engine")
-    if D not in (64, 128):
-        return dict.fromkeys(names)
-    B, T, H, _ = k.shape
-    tokens = [Descriptor(x, [B * T, H * D], [H * D, 1], [BS, D], TILE.value) for x in (k, v)]
-    squares = [Descriptor(x, [len(x) * H * D, D], [D, 1], [D, D], TILE.value) for x in (saved.M0, saved.S0)]
-    return dict(zip(names, tokens + squares, strict=True))
-
-
-def launch_state(
-    call: Call, where: Where, tile: Tile, step_end: End, saved: Saved, final: State, key: Hashable
-) -> None:
-    """Launch the kernel, as `titans.kernels.launch.state` does the portable one."""
-    (N, H, D, _), T, initial = call.M.shape, call.q.shape[1], State(call.M, call.S, call.anchor)
-    if T == 0:
-        # there is nothing for the copy engine to move
-        for new, old in zip(final, initial, strict=True):
-            new.copy_(old)
-        return
-    k, v = aligned(call.k), aligned(call.v)
-    run(
-        N * H, key,
-        k_ptr=k, v_ptr=v, **engines(k, v, saved, call.chunk_size), affine=Affine(call.w, call.b), step_end=step_end,
-        initial=initial, where=where, saved=saved, final=final, T=T, H=H, eps=call.eps, tile=tile,
-        **options(64 if D <= 64 else 128),
     )  # fmt: skip

@@ -1,0 +1,143 @@
+"""The forward in two launches: the ends of the chunks; then the chain and, beside it, the outputs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from titans.arguments import Call
+from titans.kernels.hopper.common import TILE, Descriptor, aligned, copying, product
+from titans.kernels.hopper.handover import LINE, take_ticket
+from titans.kernels.hopper.output import Engine, Tokens, run_outputs
+from titans.kernels.hopper.state import run_chain
+from titans.kernels.hopper.state_vjp import rows_of_heads, squares
+from titans.kernels.launcher import Launcher
+from titans.kernels.tile import Affine, End, Saved, State, Tile, Where
+
+
+@gluon.jit(do_not_specialize=["T", "H", "chains"])
+def hopper_forward_kernel(
+    k_ptr, v_ptr,  # (B, T, H, D)
+    # tokens (B T, H D), states (K H D, D), as the chain moves them
+    k_engine, v_engine, x_engine, u_engine, M0_engine, S0_engine,
+    # and as the outputs do: tokens (B T, H, D), states (K H, D, D); one by one, as Triton 3.6 wants them
+    q_rows, k_rows, u_rows, o_rows, M0_square, S0_square,
+    tokens, affine, step_end, initial, where,
+    saved, final,  # out
+    o_ptr,  # out: (B, T, H, D)
+    count_ptr,  # (N H + 1, LINE), zeros in column 0: chunks that each chain has stored; programs that have begun
+    T, H, chains, eps, tile: gl.constexpr,
+    TOKENS: gl.constexpr, SQUARE: gl.constexpr, CHAIN_COPY: gl.constexpr, OUTPUT_COPY: gl.constexpr,
+    CHAIN_REGISTERS: gl.constexpr, OUTPUT_REGISTERS: gl.constexpr,
+    STAGES: gl.constexpr, ROWS: gl.constexpr, SQUARES: gl.constexpr, GRAMS: gl.constexpr,
+):  # fmt: skip
+    """Eq. (8)-(11) and (5): every other program is the chain of a sequence and head, the one after it its outputs.
+
+    Grid: (2 N H,).
+    Reads: q, k, v, w, b, gates, coefficients of the chunks' ends, the initial state.
+    Writes: o, the final state; M0 and S0 of each chunk, x, r and u of (2).
+    """
+    ticket = take_ticket(count_ptr + chains * LINE)
+    pid = ticket // 2
+    if ticket % 2 == 0:
+        run_chain(
+            pid, k_ptr, v_ptr, k_engine, v_engine, x_engine, u_engine, M0_engine, S0_engine, affine, step_end,
+            initial, where, saved, final, tokens.u, count_ptr, T, H, eps, tile,
+            TOKENS, SQUARE, CHAIN_COPY, STAGES, CHAIN_REGISTERS,
+        )  # fmt: skip
+    else:
+        engine = Engine(q_rows, k_rows, u_rows, o_rows, M0_square, S0_square)
+        run_outputs(
+            pid, engine, tokens, affine, where, count_ptr, o_ptr, T, H, eps, tile,
+            TOKENS, OUTPUT_COPY, ROWS, SQUARES, GRAMS, OUTPUT_REGISTERS,
+        )  # fmt: skip
+
+
+@functools.cache
+def options(BD: int, alone: bool) -> dict[str, Any]:
+    """Constants of the kernel that depend on the width of its tiles, and on whether there are few programs.
+
+    If not, two programs of narrow tiles share a multiprocessor: so they have no more than 128 registers a thread to
+    begin with, of which those of the copies go to the chain.
+    """
+    if BD == 64:
+        layout, copy = product([4, 1], 64), copying(64, 4)
+        layouts = {"TOKENS": layout, "SQUARE": layout, "CHAIN_COPY": copy, "OUTPUT_COPY": copy}
+        registers = {"CHAIN_REGISTERS": 48, "OUTPUT_REGISTERS": 64}
+        if alone:
+            return layouts | registers | {"STAGES": 4, "ROWS": 4, "SQUARES": 3, "GRAMS": 2, "num_warps": 4}
+        return layouts | registers | {
+            "STAGES": 3, "ROWS": 2, "SQUARES": 2, "GRAMS": 1, "num_warps": 4, "maxnreg": 128,
+        }  # fmt: skip
+    return {
+        "TOKENS": product([4, 2], 64), "SQUARE": product([8, 1], 128),
+        "CHAIN_COPY": copying(128, 4), "OUTPUT_COPY": copying(128, 8), "CHAIN_REGISTERS": 24, "OUTPUT_REGISTERS": 64,
+        "STAGES": 2, "ROWS": 2, "SQUARES": 1, "GRAMS": 2, "num_warps": 8,
+    }  # fmt: skip
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of the GPU; where there is none, of the GPU tuned for."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+run = Launcher(hopper_forward_kernel)
+
+
+def engines(k: Tensor, v: Tensor, u: Tensor, saved: Saved, BS: int) -> dict[str, Descriptor | None]:
+    """Tell the copy engine of the tensors that it moves for the chain, if a row fills a tile."""
+    (B, T, H, D), tokens, states = k.shape, {"k": k, "v": v, "x": saved.x, "u": u}, {"M0": saved.M0, "S0": saved.S0}
+    if D not in (64, 128):
+        return {f"{name}_engine": None for name in (*tokens, *states)}
+    boxes = {name: (x, [B * T, H * D], [H * D, 1], [BS, D]) for name, x in tokens.items()}
+    boxes |= {name: (x, [len(x) * H * D, D], [D, 1], [D, D]) for name, x in states.items()}
+    return {f"{name}_engine": Descriptor(*box, TILE.value) for name, box in boxes.items()}
+
+
+def launch_forward(
+    call: Call, where: Where, tile: Tile, step_end: End, count: Tensor, saved: Saved, final: State, o: Tensor,
+    key: Hashable,
+) -> None:  # fmt: skip
+    """Launch the kernel.
+
+    Parameters
+    ----------
+    call : Call
+    where : Where
+    tile : Tile
+    step_end : End
+        Of every chunk.
+    count : Tensor, shape (N H + 1, LINE), int32
+        Zeros in column 0.
+    saved, final, o
+        The results.
+    key : Hashable
+        Of `Launcher`.
+    """
+    (N, H, D, _), T, initial = call.M.shape, call.q.shape[1], State(call.M, call.S, call.anchor)
+    if T == 0:
+        # there is nothing for the copy engine to move
+        for new, old in zip(final, initial, strict=True):
+            new.copy_(old)
+        return
+    BD, chains = 64 if D <= 64 else 128, N * H
+    q, k, v = aligned(call.q), aligned(call.k), aligned(call.v)
+    u = torch.empty_like(k)
+    rows = {f"{name}_rows": rows_of_heads(x, BD) for name, x in (("q", q), ("k", k), ("u", u), ("o", o))}
+    states = {"M0_square": squares(saved.M0, BD), "S0_square": squares(saved.S0, BD)}
+    alone = 2 * chains <= multiprocessors(call.q.device)
+    run(
+        2 * chains, (key, alone),
+        k_ptr=k, v_ptr=v, **engines(k, v, u, saved, call.chunk_size), **rows, **states,
+        tokens=Tokens(q, k, u, call.theta, call.alpha, call.eta), affine=Affine(call.w, call.b), step_end=step_end,
+        initial=initial, where=where, saved=saved, final=final, o_ptr=o, count_ptr=count,
+        T=T, H=H, chains=chains, eps=call.eps, tile=tile,
+        **options(BD, alone),
+    )  # fmt: skip
