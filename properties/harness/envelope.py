@@ -45,14 +45,13 @@ def of_call(*arguments: Any, cu_seqlens: Tensor | None = None, **options: Any) -
     sizes = D, C, max(lengths, default=0), len(lengths), H, len(lengths) * H, pieces
     yield from (f"{name} {ceiling(x)}" for name, x in zip(SIZES, sizes, strict=True))
     tensors = {name: x for name, x in zip(ROWS, rows, strict=True) if x is not None}
-    given = [start] if isinstance(start, Tensor) else [getattr(start, name, None) for name in ("M", "S", "anchor")]
     ways = {
         "packed": cu_seqlens is not None,
         "M alone": isinstance(start, Tensor),
         "resumed": offset is not None,
         "inside a chunk": any(offsets),
         "no final state": not wanted,
-        **ways_of(tensors, [x for x in given if x is not None], **options),
+        **ways_of(tensors, memories(start), **options),
     }
     yield from (f"way {way}" for way, holds in ways.items() if holds)
 
@@ -64,8 +63,15 @@ def of_step(*arguments: Any, **options: Any) -> Iterator[str]:
     sizes = D, C, 1, N, H, N * H, 1
     yield from (f"{name} {ceiling(x)}" for name, x in zip(SIZES, sizes, strict=True))
     tensors = {name: x for name, x in zip(ROWS, rows, strict=True) if x is not None}
-    ways = {"step": True, "resumed": True} | ways_of(tensors, [state.M, state.S, state.anchor], **options)
+    resumed = getattr(state, "offset", None) is not None
+    ways = {"step": True, "resumed": resumed} | ways_of(tensors, memories(state), **options)
     yield from (f"way {way}" for way, holds in ways.items() if holds)
+
+
+def memories(start: Any) -> list[Tensor]:
+    """Return the memories with which a call starts: none, M alone, or those of a state."""
+    given = [start] if isinstance(start, Tensor) else [getattr(start, name, None) for name in ("M", "S", "anchor")]
+    return [x for x in given if x is not None]
 
 
 def ways_of(tensors: Mapping[str, Tensor], state: Sequence[Tensor], log_gates: bool = False) -> dict[str, bool]:

@@ -63,6 +63,16 @@ def test_a_law_counts_all_the_calls_that_it_makes() -> None:
     assert recorder.facts.envelope["D 1"] > recorder.facts.envelope["way step"]
 
 
+def test_a_step_from_no_state_is_counted_without_one() -> None:
+    counts = Counter[str]()
+    step = envelope.counted(implementation("chunk", "cpu"), counts).step
+    row, gate = torch.zeros(1, 1, 2), torch.zeros(1, 1)
+    assert step is not None
+    step(row, row, row, None, None, gate, gate, gate, None, 1e-6, 4)
+    assert counts["way step"] == 1
+    assert counts["way resumed"] == 0
+
+
 def test_the_table_adds_up_the_laws_of_an_implementation() -> None:
     counts = {"D 1": 2, "N x H 64": 3, "way step": 1}
     a, b = (Verdict("", f"test_{x}", "mine", "pass", calls=7, sections=("5.20",), envelope=counts) for x in "ab")
