@@ -14,7 +14,7 @@ from properties.harness.implementations import Implementation
 # By the text that a count is kept under, "SIZE UP_TO" or "way WAY".
 Counts = Mapping[str, int]
 SIZES = ("D", "C", "T", "N", "H", "N x H", "pieces")
-# The memories of a state whose parts are not looked at here.
+# The first arguments of a call.
 ROWS = ("q", "k", "v", "w", "b", "theta", "alpha", "eta")
 
 
@@ -51,7 +51,7 @@ def of_call(*arguments: Any, cu_seqlens: Tensor | None = None, **options: Any) -
         "resumed": offset is not None,
         "inside a chunk": any(offsets),
         "no final state": not wanted,
-        **ways_of(tensors, memories(start), **options),
+        **ways_of(tensors, parts_of(start), **options),
     }
     yield from (f"way {way}" for way, holds in ways.items() if holds)
 
@@ -64,17 +64,13 @@ def of_step(*arguments: Any, **options: Any) -> Iterator[str]:
     yield from (f"{name} {ceiling(x)}" for name, x in zip(SIZES, sizes, strict=True))
     tensors = {name: x for name, x in zip(ROWS, rows, strict=True) if x is not None}
     resumed = getattr(state, "offset", None) is not None
-    ways = {"step": True, "resumed": resumed} | ways_of(tensors, memories(state), **options)
+    ways = {"step": True, "resumed": resumed} | ways_of(tensors, parts_of(state), **options)
     yield from (f"way {way}" for way, holds in ways.items() if holds)
 
 
-def memories(start: Any) -> list[Tensor]:
-    """Return the memories with which a call starts: none, M alone, or those of a state."""
-    given = [start] if isinstance(start, Tensor) else [getattr(start, name, None) for name in ("M", "S", "anchor")]
-    return [x for x in given if x is not None]
-
-
-def ways_of(tensors: Mapping[str, Tensor], state: Sequence[Tensor], log_gates: bool = False) -> dict[str, bool]:
+def ways_of(
+    tensors: Mapping[str, Tensor], state: Sequence[Tensor], log_gates: bool = False, **_: Any
+) -> dict[str, bool]:
     """Return which ways of calling hold, whatever is called."""
     q, everything = tensors["q"], [*tensors.values(), *state]
     needing = [x.requires_grad for x in everything]
@@ -102,6 +98,12 @@ def ways_of(tensors: Mapping[str, Tensor], state: Sequence[Tensor], log_gates: b
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "anomaly mode": torch.is_anomaly_enabled(),
     }
+
+
+def parts_of(state: Any) -> list[Tensor]:
+    """Return the matrices of an initial state."""
+    found = [state] if isinstance(state, Tensor) else [getattr(state, name, None) for name in ("M", "S", "anchor")]
+    return [x for x in found if isinstance(x, Tensor)]
 
 
 def strides(x: Tensor) -> list[int]:
