@@ -116,8 +116,8 @@ def plan_of(call: Call, *others: Tensor) -> Plan:
     q, C = call.q, call.chunk_size
     _, T, H, D = q.shape
     layout = layout_of(call, block_rows(q))
-    tile, gates = tile_of(call, layout), gates_tile(call, layout)
-    where, bfloat16 = where_of(call, layout), q.dtype == torch.bfloat16
+    tile, gate_tile, where = tile_of(call, layout), gates_tile(call, layout), where_of(call, layout)
+    bfloat16 = q.dtype == torch.bfloat16
     types = types_of((*call.differentiable, *where, *others))
     return Plan(
         call,
@@ -126,9 +126,9 @@ def plan_of(call: Call, *others: Tensor) -> Plan:
         Affine(call.w, call.b),
         {"T": T, "H": H, "C": C},
         tile,
-        gates,
+        gate_tile,
         # the numbers of blocks and heads decide where a part of a buffer begins
-        (q.device, tile, gates, types, layout.slots * H * D % 4),
+        (q.device, tile, gate_tile, types, layout.slots * H * D % 4),
         layout.slots * H,
         call.M.shape[0] * H,
         FOUR_WARPS if bfloat16 else EIGHT_WARPS,
