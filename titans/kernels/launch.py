@@ -77,63 +77,91 @@ ONE_WARP, FOUR_WARPS, EIGHT_WARPS = (
 )
 
 
-class Plan(NamedTuple):
-    """What the launches of a call share.
+class Form(NamedTuple):
+    """What follows from the sizes and flags of a call.
 
     Attributes
     ----------
-    call : Call
     layout : Layout
-    where : Where
-    affine : Affine
+    tile, gate_tile : Tile
     sizes : dict
         T, H and C.
-    tile, gate_tile : Tile
-    key : Hashable
-        All that the compiled forms of the kernels depend on, see `Launcher`.
     blocks, chains : int
         Programs of the parallel kernels, and of the chain.
     flat, square : dict
         Options of the kernels that work on (BC, BD) tiles, and on (BD, BD) tiles, which take more warps.
     """
 
-    call: Call
     layout: Layout
-    where: Where
-    affine: Affine
-    sizes: dict[str, int]
     tile: Tile
     gate_tile: Tile
-    key: Hashable
+    sizes: dict[str, int]
     blocks: int
     chains: int
     flat: dict[str, Any]
     square: dict[str, Any]
 
 
+class Plan(NamedTuple):
+    """What the launches of a call share.
+
+    Attributes
+    ----------
+    call : Call
+    where : Where
+    affine : Affine
+    key : Hashable
+        All that the compiled forms of the kernels depend on, see `Launcher`.
+    layout, tile, gate_tile, sizes, blocks, chains, flat, square
+        As in `Form`.
+    """
+
+    call: Call
+    where: Where
+    affine: Affine
+    key: Hashable
+    layout: Layout
+    tile: Tile
+    gate_tile: Tile
+    sizes: dict[str, int]
+    blocks: int
+    chains: int
+    flat: dict[str, Any]
+    square: dict[str, Any]
+
+
+# of calls seen lately, since their sizes repeat
+forms: dict[Hashable, Form] = {}
+FORMS = 256
+
+
+def form_of(call: Call) -> Form:
+    """Lay a call out."""
+    q, flags = call.q, (call.w is None, call.offset is None, call.cu_seqlens is None, call.log_gates)
+    given = (q.shape, q.dtype, call.M.shape[0], call.chunk_size, flags, torch.get_float32_matmul_precision())
+    form = forms.get(given)
+    if form is None:
+        _, T, H, D = q.shape
+        layout, bfloat16 = layout_of(call, block_rows(q)), q.dtype == torch.bfloat16
+        form = Form(
+            layout, tile_of(call, layout), gates_tile(call, layout), {"T": T, "H": H, "C": call.chunk_size},
+            layout.slots * H, call.M.shape[0] * H,
+            FOUR_WARPS if bfloat16 else EIGHT_WARPS, FOUR_WARPS if bfloat16 and D <= 64 else EIGHT_WARPS,
+        )  # fmt: skip
+        if len(forms) >= FORMS:
+            forms.clear()
+        forms[given] = form
+    return form
+
+
 def plan_of(call: Call, *others: Tensor) -> Plan:
     """Prepare the launches of a call, whose kernels take its tensors and others."""
-    q, C = call.q, call.chunk_size
-    _, T, H, D = q.shape
-    layout = layout_of(call, block_rows(q))
-    tile, gate_tile, where = tile_of(call, layout), gates_tile(call, layout), where_of(call, layout)
-    bfloat16 = q.dtype == torch.bfloat16
+    form = form_of(call)
+    where = where_of(call, form.layout)
     types = types_of((*call.differentiable, *where, *others))
-    return Plan(
-        call,
-        layout,
-        where,
-        Affine(call.w, call.b),
-        {"T": T, "H": H, "C": C},
-        tile,
-        gate_tile,
-        # the numbers of blocks and heads decide where a part of a buffer begins
-        (q.device, tile, gate_tile, types, layout.slots * H * D % 4),
-        layout.slots * H,
-        call.M.shape[0] * H,
-        FOUR_WARPS if bfloat16 else EIGHT_WARPS,
-        FOUR_WARPS if bfloat16 and D <= 64 else EIGHT_WARPS,
-    )
+    # the numbers of blocks and heads decide where a part of a buffer begins
+    key = (call.q.device, form.tile, form.gate_tile, types, form.blocks * call.q.shape[-1] % 4)
+    return Plan(call, where, Affine(call.w, call.b), key, *form)
 
 
 def stages(plan: Plan) -> int:
@@ -221,8 +249,9 @@ def forward(call: Call) -> tuple[Tensor, ...]:
     (_, H, D, _), K = call.M.shape, plan.layout.slots
     x, r = kept(call)
     # slots that no block uses are defined all the same
-    new = x.new_empty if all_used(plan) else x.new_zeros
-    saved = Saved(new(K, H, D, D), new(K, H, D, D), x, r)
+    new, like = (x.new_empty, torch.empty_like) if all_used(plan) else (x.new_zeros, torch.zeros_like)
+    M0 = new(K, H, D, D)
+    saved = Saved(M0, like(M0), x, r)
     if K * H == 0:
         return torch.empty_like(call.q), call.M.clone(), call.S.clone(), call.anchor.clone(), *saved[:4]
     if hopper.stages_of(call).forward:
