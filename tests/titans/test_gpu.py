@@ -7,6 +7,7 @@ arithmetic of the error model, whose products get their operands rounded as the 
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -434,6 +435,42 @@ def test_the_current_stream_is_used(case: Case) -> None:
         found = compute(call, inflow)
     stream.synchronize()
     assert same(found, expected)
+
+
+def test_threads_with_streams_of_their_own_change_no_bit() -> None:
+    """Calls of other sizes, and of tensors that begin elsewhere, find the compiled kernels of each other."""
+    calls = [replace(case, H=H).call(seed=H) for case in (USUAL, HOPPER) for H in (1, 3)]
+    calls += [mapped(call, skewed) for call in calls]
+    expected = [run(call) for call in calls]
+    torch.cuda.synchronize()
+
+    def repeat(i: int) -> bool:
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            found = [run(calls[i]) for _ in range(5)]
+        stream.synchronize()
+        return all(same(results, expected[i]) for results in found)
+
+    with ThreadPoolExecutor(len(calls)) as threads:
+        assert all(threads.map(repeat, range(len(calls))))
+
+
+def skewed(x: Tensor) -> Tensor:
+    """The same numbers, not at a multiple of 16 bytes."""
+    return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+
+
+def test_memory_may_hold_tensors_of_another_shape_next() -> None:
+    """At an address that has been launched before."""
+    tall, wide = (Case(BF16, D=64, C=64, B=B, T=2000 // B).call() for B in (1, 2))
+    expected = run(wide)
+    run(tall)
+    here = {
+        name: getattr(tall, name).view(x.shape).copy_(x)
+        for name in ("q", "k", "v", "theta", "alpha", "eta")
+        if (x := getattr(wide, name)) is not None
+    }
+    assert same(run(wide._replace(**here)), expected)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -125,7 +125,9 @@ def test_triton_launches_a_compiled_kernel_by_the_call_that_we_make(monkeypatch:
     assert launcher.known, f"Triton {triton.__version__} was not tried: launches take the host half as long again"
     compiled, made = object.__new__(CompiledKernel), []
     # loaded, as after a first launch
-    vars(compiled).update(src=None, module=1, function=2, packed_metadata=3, name="kernel", _run=lambda *x: made.append(x))
+    vars(compiled).update(
+        src=None, module=1, function=2, packed_metadata=3, name="kernel", _run=lambda *x: made.append(x)
+    )
     arguments = ["x", (1, 2), None]
     compiled[5, 1, 1](*arguments, stream="stream 3")
     launcher.launch(compiled, 5, arguments)
