@@ -2,7 +2,8 @@
 
     python -m tests.titans.launch_keys 200    # so many calls
 
-Nothing is compiled and no GPU is needed: Triton is asked for its own key of every launch of a forward and a backward.
+Nothing is compiled and no GPU is needed: Triton is asked for its own key of every launch of a forward, a backward and
+a step.
 """
 
 import json
@@ -17,11 +18,12 @@ from torch import Tensor
 from triton.runtime import JITFunction, driver
 from triton.runtime.jit import compute_cache_key
 
-from tests.titans.compile_kernels import NoGPU
+from tests.titans.compile_kernels import TOKENS, NoGPU
 from titans import kernels
 from titans.arguments import Call
 from titans.kernels import hopper
 from titans.kernels.launcher import Launcher
+from titans.kernels.step import step
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int32, torch.int64)
@@ -62,12 +64,14 @@ def compiled_for(kernel: Any, arguments: dict[str, Any]) -> str:
 
 
 def run(call: Call) -> None:
-    """Launch a forward and a backward, on a GPU of compute capability 9.0."""
+    """Launch a forward, a backward and a step, on a GPU of compute capability 9.0."""
     D = call.q.shape[-1]
     taken = hopper.choose(call.q.dtype, (9, 0), call.chunk_size, D, packed=False, resumed=False, plain=False)
     hopper.stages_of = lambda call: taken
     o, *final, M0, S0, x, r = kernels.forward(call)
     kernels.backward(call, M0, S0, x, r, *(torch.zeros_like(y) for y in (o, *final)))
+    if call.cu_seqlens is None:
+        step(call._replace(**{name: getattr(call, name)[:, :1].contiguous() for name in TOKENS}))
 
 
 if __name__ == "__main__":

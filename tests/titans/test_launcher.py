@@ -79,7 +79,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_key_is_compiled_once_and_launched_with_the_arguments_of_the_call(
     known: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launcher, "known", known)
+    monkeypatch.setattr(launcher, "KNOWN", known)
     kernel, way = Kernel(), "directly" if known else "in public"
     run = Launcher(kernel)
     for i, key in enumerate(("cuda:0", "cuda:1", "cuda:0", "cuda:1", "cuda:0")):
@@ -111,18 +111,18 @@ def test_what_is_interpreted_is_not_kept() -> None:
 def test_who_watches_launches_is_told_of_them(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's own way of launching calls the hooks."""
     compiled, hooks = Compiled(), HookChain()
-    monkeypatch.setattr(launcher.hooks, name, hooks)
+    monkeypatch.setattr(launcher.HOOKS, name, hooks)
     for hook in (None, print):
         if hook is not None:
             hooks.add(hook)
         launcher.launch(compiled, 1, [])
-    monkeypatch.setattr(launcher.hooks, name, print)
+    monkeypatch.setattr(launcher.HOOKS, name, print)
     launcher.launch(compiled, 1, [])
     assert [launch[0] for launch in compiled.launches] == ["directly", "in public", "in public"]
 
 
 def test_triton_launches_a_compiled_kernel_by_the_call_that_we_make(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert launcher.known, f"Triton {triton.__version__} was not tried: launches take the host half as long again"
+    assert launcher.KNOWN, f"Triton {triton.__version__} was not tried: launches take the host longer than they could"
     compiled, made = object.__new__(CompiledKernel), []
     # loaded, as after a first launch
     vars(compiled).update(
@@ -135,7 +135,7 @@ def test_triton_launches_a_compiled_kernel_by_the_call_that_we_make(monkeypatch:
     theirs, ours = ((*x[:6], *x[9:]) for x in made)
     assert ours == theirs, (
         f"Triton {triton.__version__} launches a compiled kernel by another call than `titans.kernels.launcher.launch`:"
-        " let it follow, or leave this version out of `known`"
+        " let it follow, or leave this version out of `KNOWN`"
     )
 
 

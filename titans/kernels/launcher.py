@@ -6,7 +6,7 @@ so a `Launcher` keeps the compiled kernel under these facts.
 
 A compiled kernel is launched as Triton's tutorial on softmax does, `compiled[grid](*arguments)`, with every parameter
 of the kernel in its order; or, in versions of Triton that were tried, by the one call that this comes to, which takes
-the host two thirds of the time. That call is Triton's own affair: tests/titans/test_launcher.py says where it changes.
+the host less time. That call is Triton's own affair: tests/titans/test_launcher.py says where it changes.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
-known = triton.__version__.startswith(("3.6.", "3.7."))
-hooks = triton.knobs.runtime
+# versions that were tried
+KNOWN = triton.__version__.startswith(("3.6.", "3.7."))
+HOOKS = triton.knobs.runtime
 
 
 def types_of(tensors: Iterable[Tensor | None]) -> Hashable:
@@ -41,13 +42,13 @@ def types_of(tensors: Iterable[Tensor | None]) -> Hashable:
 
 def watched() -> bool:
     """Whether somebody wants to be told of launches, as profilers do."""
-    enter, leave = hooks.launch_enter_hook, hooks.launch_exit_hook
+    enter, leave = HOOKS.launch_enter_hook, HOOKS.launch_exit_hook
     return bool(getattr(enter, "calls", True) or getattr(leave, "calls", True))
 
 
 def launch(compiled: Any, programs: int, arguments: list[Any]) -> None:
     """Launch a compiled kernel on the current stream of the current device."""
-    if not known or watched():
+    if not KNOWN or watched():
         compiled[programs, 1, 1](*arguments)
         return
     active = driver.active

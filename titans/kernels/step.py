@@ -8,6 +8,7 @@ from torch import Tensor
 from titans.arguments import Call
 from titans.kernels.coefficients import linear_gates
 from titans.kernels.inner import inner_gradient, norm
+from titans.kernels.launcher import Launcher, types_of
 from titans.kernels.memory import load_affine, load_square, load_width, store_square, store_width
 from titans.kernels.tile import Affine, State, step_tile
 
@@ -67,13 +68,18 @@ def step_kernel(
         tl.store(offset_out_ptr + n_seq, (offset + 1) % C)
 
 
+run_step = Launcher(step_kernel)
+
+
 def step(call: Call) -> tuple[Tensor, ...]:
     """Decode the only token of every sequence: o, and the state after it."""
     N, _, H, _ = call.q.shape
     offset = call.M.new_empty(N, dtype=torch.int64) if call.offset is None else torch.empty_like(call.offset)
     o, final, tile = torch.empty_like(call.q), State(*(torch.empty_like(call.M) for _ in range(3))), step_tile(call)
     if N * H:
-        step_kernel[(N * H,)](
+        run_step(
+            N * H,
+            (call.q.device, tile, types_of(call.tensors)),
             q_ptr=call.q,
             k_ptr=call.k,
             v_ptr=call.v,
