@@ -15,7 +15,7 @@ BLOCKS = (16, 32, 64)
 
 def ends(C: int, shortest: int, most: int) -> SearchStrategy[int]:
     """Draw a length from `shortest` to `most`: often within 1 of the end of a block, or of a chunk."""
-    units = {C if C > rows and C % rows else rows if C % rows == 0 else rows // C * C for rows in BLOCKS} | {C}
+    units = {rows // C * C if C <= rows else C if C % rows else rows for rows in BLOCKS} | {C}
     edges = {n + d for unit in units for n in range(unit, most + 2, unit) for d in (-1, 0, 1)}
     # The plainest, with which every run begins, ends in a second chunk: one with a single token says little.
     fitting = sorted((n for n in edges if shortest <= n <= most), key=lambda n: (abs(n - C - 1), n))
