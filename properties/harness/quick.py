@@ -109,7 +109,8 @@ class Quick:
                 for process in self.processes:
                     process.end()
                 self.progress.end()
-        ending = "was interrupted" if self.interrupted else "ended with its time"
+        early = "was interrupted" if self.interrupted else "ended with its first failure"
+        ending = early if self.interrupted or (self.first_failure and self.schedule.broken) else "ended with its time"
         return self.schedule.verdicts(f"the run {ending} before this law was judged")
 
     @property
@@ -159,7 +160,7 @@ class Quick:
 
     def go_on(self, schedule: Schedule) -> None:
         """Hand out tasks and take answers until the time is up or nothing is left to do."""
-        while schedule.left > 0 and self.processes and not (self.first_failure and schedule.broken):
+        while schedule.left > 0 and self.processes and not (self.first_failure and schedule.decided):
             for connection in wait([x.connection for x in self.processes], timeout=min(schedule.left, 0.5)):
                 self.take(next(x for x in self.processes if x.connection is connection), schedule)
             for process in list(self.processes):
@@ -169,7 +170,8 @@ class Quick:
                     self.replace(process)
             judged = sum(bool(now.facts or now.trouble) for now in schedule.standing.values())
             examples = sum(now.total("compared") for now in schedule.standing.values())
-            self.progress.show(judged, len(schedule.standing), examples, schedule.broken, schedule.left)
+            if judged:
+                self.progress.show(judged, len(schedule.standing), examples, schedule.broken, schedule.left)
 
     def take(self, process: Process, schedule: Schedule) -> None:
         """Take what a process says, and give it another task; replace one that died."""

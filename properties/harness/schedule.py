@@ -32,7 +32,7 @@ class Standing:
     trouble, outside : str
         Why it has no result; why it cannot be stated inside the domain.
     waiting : int
-        Tasks that were not answered.
+        Tasks that were handed out and not answered.
     seconds : float
         The time that its tasks have taken.
     drawn : int
@@ -102,13 +102,17 @@ class Schedule:
         self.known = [task for task in reversed(known) if select in task.row.test(ready.name)]
         rows = dict.fromkeys((*self.of.values(), *(task.row for task in reversed(self.known))))
         self.standing = {row: Standing() for row in rows}
-        for task in self.known:
-            self.standing[task.row].waiting += 1
 
     @property
     def left(self) -> float:
         """The seconds that are left."""
         return self.end - time.monotonic()
+
+    @property
+    def decided(self) -> bool:
+        """Whether something went wrong, and is known as well as it will be."""
+        unfinished = any(now.failed and now.waiting for now in self.standing.values())
+        return self.broken > 0 and not (unfinished or self.to_shrink())
 
     @property
     def broken(self) -> int:
@@ -117,12 +121,9 @@ class Schedule:
 
     def next(self) -> Task | None:
         """Return the next task: what is known, then a smaller problem for a failure, then fresh ones."""
-        while self.known:
-            known = self.known.pop()
-            if self.standing[known.row].open:
-                return known
-            self.standing[known.row].waiting -= 1
-        task = self.shrink() or self.fresh()
+        while self.known and not self.standing[self.known[-1].row].open:
+            self.known.pop()
+        task = self.known.pop() if self.known else self.shrink() or self.fresh()
         if task:
             self.standing[task.row].waiting += 1
         return task
@@ -131,12 +132,16 @@ class Schedule:
         """Return the search for a smaller problem, where one is due."""
         if self.shrinking > SHRINKING * (time.monotonic() - self.begin):
             return None
-        for row in self.of.values():
-            now = self.standing[row]
-            if now.failed and now.large and not (now.shrunk or now.waiting):
-                now.shrunk = True
+        for row in self.to_shrink():
+            if not self.standing[row].waiting:
+                self.standing[row].shrunk = True
                 return Task(row, shrink=True)
         return None
+
+    def to_shrink(self) -> list[Row]:
+        """Return the laws that failed with a problem which may be larger than it must be."""
+        standing = ((row, self.standing[row]) for row in self.of.values())
+        return [row for row, now in standing if now.failed and now.large and not now.shrunk]
 
     def fresh(self) -> Task | None:
         """Return fresh problems of the law that has had the smallest part of its share, if one still fits in."""

@@ -30,6 +30,7 @@ def describe(parser: argparse.ArgumentParser) -> None:
     until.add_argument(
         "--budget", metavar="TIME", help="end after this time, such as 2m; without it the whole suite runs"
     )
+    parser.add_argument("-x", "--first-failure", action="store_true", help="end a quick run at its first failure")
     parser.add_argument("--seed", type=int, default=0, help="of the examples (0)")
     parser.add_argument("--progress-to", type=int, help=argparse.SUPPRESS)
     parser.add_argument("-n", type=int, metavar="PROCESSES", help="one for each core")
@@ -82,7 +83,11 @@ def quickly(options: argparse.Namespace) -> Report:
     for target in options.targets:
         since = time.monotonic() if runs else begin
         subject = Subject(target, options.device, options.lacks, options.claims, options.domain, options.operands)
-        runs.append(within(budget, subject, options.select, options.seed, workers, shown, since))
+        run = within(
+            budget, subject, since, select=options.select, seed=options.seed, first_failure=options.first_failure,
+            workers=workers, progress=shown,
+        )  # fmt: skip
+        runs.append(run)
     return together(runs, begin)
 
 

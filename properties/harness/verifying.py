@@ -17,7 +17,6 @@ from properties.harness.columns import columns
 from properties.harness.facts import Verdict
 from properties.harness.merging import Run
 from properties.harness.page import page
-from properties.harness.progress import Progress
 from properties.harness.subjects import Subject, name_of
 from properties.problems.problem import Problem
 
@@ -77,7 +76,8 @@ class Report:
 
     @property
     def failures(self) -> tuple[Failure, ...]:
-        """The laws that were broken, and those without a result."""
+        """The laws that were broken, then those without a result."""
+        wrong = [row for row in self.verdicts if row.went_wrong]
         return tuple(
             Failure(
                 law=row.law,
@@ -86,8 +86,7 @@ class Report:
                 message=row.message,
                 replay=row.replay,
             )
-            for row in self.verdicts
-            if row.went_wrong
+            for row in sorted(wrong, key=lambda row: row.verdict == "error")
         )
 
     def to_json(self, path: str | Path) -> None:
@@ -118,6 +117,7 @@ def verify(
     seed: int = 0,
     profile: str = "dev",
     budget: str | float | None = None,
+    first_failure: bool = False,
     workers: int | None = None,
     progress: bool = False,
 ) -> Report:
@@ -141,6 +141,8 @@ def verify(
     budget : str, float or None
         The time for each implementation, everything included: "60s", "2m" or a number of seconds. The problems that
         have shown mistakes before come first, then fresh ones until the time is up. None: the whole suite.
+    first_failure : bool
+        Whether the first failure ends a run with a budget.
     workers : int or None
         Processes; None: one for each core.
     progress : bool
@@ -163,7 +165,7 @@ def verify(
         runs = [suite(subject, select, seed, profile, workers, progress) for subject in subjects]
     else:
         time_each = seconds(budget)
-        runs = [apart(time_each, subject, select, seed, workers, progress) for subject in subjects]
+        runs = [apart(time_each, subject, select, seed, first_failure, workers, progress) for subject in subjects]
     return together(runs, begin)
 
 
@@ -182,23 +184,24 @@ def seconds(budget: str | float) -> float:
     return float(found[1]) * (1 if found[2] in ("s", "") else 60)
 
 
-def within(
-    budget: float, subject: Subject, select: str, seed: int, workers: int, progress: Progress, begin: float
-) -> Report:
+def within(budget: float, subject: Subject, begin: float, **options: Any) -> Report:
     """Check an implementation until the time since `begin` is up, in processes that this one forks.
 
-    No tensor may have been differentiated in this process, and no GPU used: see `apart`.
+    No tensor may have been differentiated in this process, and no GPU used: see `apart`. The options are those of
+    `quick.Quick`.
     """
     # Importing it imports all laws, and pytest would do that by itself.
     from properties.harness.quick import Quick
 
-    run = Quick(subject, begin, begin + budget, select=select, workers=workers, seed=seed, progress=progress)
+    run = Quick(subject, begin, begin + budget, **options)
     verdicts = run.run()
-    header = headers.header("", begin, run.about(budget), profile="quick", seed=str(seed), device=run.devices)
+    header = headers.header("", begin, run.about(budget), profile="quick", seed=str(run.seed), device=run.devices)
     return Report(tuple(verdicts), header)
 
 
-def apart(budget: float, subject: Subject, select: str, seed: int, workers: int, progress: bool) -> Report:
+def apart(
+    budget: float, subject: Subject, select: str, seed: int, first_failure: bool, workers: int, progress: bool
+) -> Report:
     """Check an implementation until the time is up, in a fresh process: PyTorch cannot be forked after a backward."""
     options = {
         "--lacks": subject.lacks,
@@ -212,6 +215,7 @@ def apart(budget: float, subject: Subject, select: str, seed: int, workers: int,
         "-n": str(workers),
     }
     command = [sys.executable, "-m", "properties", "verify", subject.target]
+    command += ["--first-failure"] if first_failure else []
     return asked(
         command + [x for name, text in options.items() if text is not None for x in (name, text)], "--json", progress
     )

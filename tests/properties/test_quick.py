@@ -111,6 +111,22 @@ def test_each_answer_has_its_verdict_and_ends_its_law(answer: Answer, verdict: s
     assert plan.broken == (verdict == "fail" or "TypeError" in said)
 
 
+def test_the_first_failure_decides_when_it_is_as_small_as_it_will_be() -> None:
+    plan = scheduled(select="_are_the_oracles[")
+    task = plan.next()
+    assert task is not None
+    assert not plan.decided
+    plan.note(0, task, Answer(FAILED))
+    # Nine tokens are many.
+    assert not plan.decided
+    plan.known.clear()
+    smaller = plan.next()
+    assert smaller == Task(task.row, shrink=True)
+    assert not plan.decided
+    plan.note(0, smaller, Answer(FAILED))
+    assert plan.decided
+
+
 def test_a_process_that_dies_is_mourned() -> None:
     plan = scheduled(select=f"{VALUES}[")
     plan.mourn(Task(plan.of[VALUES], count=1), "ended by SIGSEGV")

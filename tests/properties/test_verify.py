@@ -303,7 +303,7 @@ def test_the_loop_of_the_readme_ends_when_all_is_well(tmp_path: Path, monkeypatc
     asked, written = [], []
     reports = [Report((BROKEN,), HEADER), Report((PASSED,), HEADER), Report((PASSED,), HEADER)]
 
-    def answer(target: str, budget: str | None = None) -> Report:
+    def answer(target: str, budget: str | None = None, first_failure: bool = False) -> Report:
         asked.append((target, budget))
         return reports[len(asked) - 1]
 
