@@ -1,8 +1,11 @@
 """The definition and versions with one mistake each, under names that `verify` can import."""
 
+from functools import partial
+
 from tests.properties import wrong
 
-right = wrong.Definition()
-without_factor = wrong.Half()
-late_anchor = wrong.LateAnchor()
-tail_runs_on = wrong.TailRunsOn()
+# An implementation's `step` is the one that decodes; that of a definition is another.
+right = partial(wrong.Definition())
+without_factor = partial(wrong.Half())
+late_anchor = partial(wrong.LateAnchor())
+tail_runs_on = partial(wrong.TailRunsOn())

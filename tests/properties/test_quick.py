@@ -26,7 +26,7 @@ from properties.harness.subjects import Subject
 from properties.harness.worker import Answer, Judge, Ready, fresh
 from properties.problems.domain import Domain
 from properties.problems.problem import Problem
-from tests.properties import mistaken, wrong
+from tests.properties import wrong
 
 corpus.import_laws()
 ROOT = Path(__file__).parents[2]
@@ -170,7 +170,7 @@ def row(law: str) -> Row:
 
 
 def test_a_failure_is_found_made_smaller_and_can_be_seen_again() -> None:
-    one, large = judge(mistaken.without_factor), Problem(lengths=(6,), H=2, D=3, C=4, memory="normalised")
+    one, large = judge(wrong.Half()), Problem(lengths=(6,), H=2, D=3, C=4, memory="normalised")
     answer = one.answer(Task(row(VALUES), large))
     assert Problem.from_json(answer.facts.failing_problem) == large
     smaller = one.answer(Task(row(VALUES), shrink=True)).facts
@@ -180,13 +180,13 @@ def test_a_failure_is_found_made_smaller_and_can_be_seen_again() -> None:
         smaller.replay
         == f"pytest 'properties/test_oracle.py::{VALUES}[Half]' --impl m:f --replay '{problem.to_json()}'"
     )
-    assert not judge(mistaken.right).answer(Task(row(VALUES), problem)).facts.failing_call
+    assert not judge(wrong.Definition()).answer(Task(row(VALUES), problem)).facts.failing_call
 
 
 def test_fixtures_and_worst_cases_are_judged_as_in_the_suite() -> None:
     fixture = next(row for row in corpus.fixtures() if row.fixture.startswith("002"))
-    assert judge(mistaken.tail_runs_on).answer(Task(fixture)).facts.failing_call
-    found = judge(mistaken.right).answer(Task(fixture))
+    assert judge(wrong.TailRunsOn()).answer(Task(fixture)).facts.failing_call
+    found = judge(wrong.Definition()).answer(Task(fixture))
     assert (found.facts.failing_call, found.trouble) == (0, "")
     case = f"{VALUES} float32"
     one = Judge(implementation("chunk", "cpu"), Subject("chunk"), patience=30)
@@ -195,7 +195,7 @@ def test_fixtures_and_worst_cases_are_judged_as_in_the_suite() -> None:
 
 
 def test_what_a_domain_excludes_is_not_claimed() -> None:
-    one = judge(mistaken.right, domain=Domain.parse("T=0"))
+    one = judge(wrong.Definition(), domain=Domain.parse("T=0"))
     task = Task(row("test_later_tokens_change_no_earlier_output"), seed=1, count=40)
     assert "no problem inside T=0 exercises it" in one.answer(task).outside
 
@@ -204,7 +204,7 @@ def test_an_example_that_takes_too_long_is_no_failure() -> None:
     def sleeps(*arguments: Any, **options: Any) -> Any:
         time.sleep(5)
 
-    one = Judge(replace(wrong.implementation(mistaken.right), call=sleeps), Subject("m:f"), patience=0.2)
+    one = Judge(replace(wrong.implementation(wrong.Definition()), call=sleeps), Subject("m:f"), patience=0.2)
     answer = one.answer(Task(row(VALUES), Problem()))
     assert answer.slow
     assert answer.facts == Facts()
