@@ -4,6 +4,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import resource
 import tempfile
 import time
 from collections.abc import Sequence
@@ -38,7 +39,8 @@ class Kill:
         The first law that noticed; empty: none did.
     problem : str
         The problem with which it did.
-    seconds : float
+    seconds, computing : float
+        How long that took, and how much of it the processes were computing: the rest was the machine's other work.
     examples : int
         Problems put before the laws until then.
     """
@@ -48,6 +50,7 @@ class Kill:
     law: str
     problem: str
     seconds: float
+    computing: float
     examples: int
 
 
@@ -59,15 +62,20 @@ def measure(faults: Sequence[Fault], budget: float, workers: int) -> list[Kill]:
         print(line(kills[-1]), flush=True)
     for backend in dict.fromkeys(kill.backend for kill in kills):
         of = [kill for kill in kills if kill.backend == backend]
-        seconds = sorted(kill.seconds for kill in of if kill.law)
-        said = f", {seconds[len(seconds) // 2]:.1f} s in the median, {seconds[-1]:.1f} s at most" if seconds else ""
-        print(f"{backend}: {len(seconds)} of {len(of)} faults killed in {budget:g} s, {workers} processes{said}")
+        killed = [kill for kill in of if kill.law]
+        print(f"{backend}: {len(killed)} of {len(of)} faults killed; {workers} processes, {budget:g} s")
+        if killed:
+            times, work = (sorted(getattr(kill, x) for kill in killed) for x in ("seconds", "computing"))
+            median = len(killed) // 2
+            print(f"    after {times[median]:.1f} s in the median, {times[-1]:.1f} s at most", end="")
+            print(f"; computing {work[median]:.1f} s in the median, {work[-1]:.1f} s at most")
     return kills
 
 
 def line(kill: Kill) -> str:
     """Show what the quick run says of a fault."""
-    said = f"{kill.fault}  [{kill.backend}, {kill.seconds:.1f} s, {kill.examples} examples]"
+    time = f"{kill.seconds:.1f} s, computing {kill.computing:.1f} s"
+    said = f"{kill.fault}  [{kill.backend}, {time}, {kill.examples} examples]"
     return f"killed    {said}\n          {kill.law}" if kill.law else f"SURVIVED  {said}"
 
 
@@ -80,16 +88,22 @@ def quick(fault: Fault, budget: float, workers: int) -> Kill:
             own.mkdir()
             plant(fault, own)
 
-        begin = time.monotonic()
+        begin, before = time.monotonic(), computed()
         run = Quick(Subject(fault.backend), begin, begin + budget, workers=workers, prepare=prepare, first_failure=True)
         rows = run.run()
-        seconds = time.monotonic() - begin
+        seconds, computing = time.monotonic() - begin, computed() - before
     assert run.schedule
     broken = {row.test(fault.backend) for row, now in run.schedule.standing.items() if now.failed or now.trouble}
     first = next((row for row in rows if row.test in broken), None)
     calls = sum(now.total("calls") for now in run.schedule.standing.values())
     law, problem = (first.law, first.failing_problem) if first else ("", "")
-    return Kill(fault.name, fault.backend, law, problem, seconds, calls)
+    return Kill(fault.name, fault.backend, law, problem, seconds, computing, calls)
+
+
+def computed() -> float:
+    """Return the seconds that processes which this one started, and that have ended, were computing."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def collect(faults: Sequence[Fault]) -> int:

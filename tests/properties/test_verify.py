@@ -15,6 +15,7 @@ import pytest
 
 import titans
 from properties import Report, verify
+from properties.__main__ import main
 from properties.harness import command_line, corpus, headers, report
 from properties.harness.columns import columns
 from properties.harness.facts import Facts, Verdict
@@ -256,18 +257,33 @@ def test_the_command_judges_a_wrong_kernel_beside_a_right_one(tmp_path: Path) ->
     assert document["verdicts"][1]["replay"] in done.stdout
 
 
-def test_a_mistake_in_the_command_is_one_line(tmp_path: Path) -> None:
-    for words, said in (
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
         (("nowhere:f", *SMALL), "'nowhere:f' cannot be imported: ModuleNotFoundError"),
         (("hopper",), "an implementation must be package.module:callable"),
+        (("hopper", "--quick"), "an implementation must be package.module:callable"),
+        (("chunk", "--budget", "soon"), "a budget must be a time such as 60s or 2m, got 'soon'"),
         (("chunk", "--profile", "quickly", "-n", "1"), "--hypothesis-profile must be dev, smoke, ci or deep"),
-        (("chunk", "--json", str(tmp_path)), "results must go into files that can be written"),
+        (("chunk", "--json", "/dev"), "results must go into files that can be written"),
+        (("chunk", "--html", "/dev"), "results must go into files that can be written"),
         (("chunk", "--colour"), "unrecognized arguments: --colour"),
-    ):
-        done = command(*words)
-        assert (done.returncode, done.stdout) == (2, ""), done
-        assert len(done.stderr.splitlines()) == 1, done.stderr
-        assert said in done.stderr
+        (("chunk", "--quick", "--budget", "2m"), "not allowed with argument --quick"),
+        ((), "the following arguments are required: MODULE:CALLABLE"),
+    ],
+)
+def test_a_mistake_in_the_command_is_one_line(
+    words: tuple[str, ...], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["python -m properties", "verify", *words])
+    try:
+        status: object = main()
+    except SystemExit as ended:
+        status = ended.code
+    output, errors = capsys.readouterr()
+    assert (status, output) == (2, "")
+    assert re.fullmatch(r"python -m properties( verify)?: .*\n", errors)
+    assert said in errors
 
 
 def test_the_function_returns_the_report() -> None:
