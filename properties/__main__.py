@@ -10,7 +10,7 @@ from typing import NoReturn
 from properties.atlas import command as atlas
 from properties.harness import envelope, headers, report, verify_command
 from properties.harness.merging import Run, merge
-from properties.harness.verifying import Report
+from properties.harness.verifying import Report, side_by_side
 
 PROGRAM = "python -m properties"
 
@@ -30,6 +30,7 @@ def main() -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     verify_command.describe(commands.add_parser("verify", help="check the laws on one or more implementations"))
     add_merge(commands.add_parser("merge", help="make one verdict per law of the files of all shards of a run"))
+    add_compare(commands.add_parser("compare", help="show the verdicts of several files side by side"))
     atlas.describe_collect(commands.add_parser("collect", help="measure error / bound on the grids of the atlas"))
     atlas.describe_atlas(commands.add_parser("atlas", help="draw verdicts and measurements as one page"))
     options = parser.parse_args()
@@ -61,6 +62,22 @@ def run_merge(options: argparse.Namespace) -> bool:
     calls = envelope.tables(verdicts) if options.envelope else []
     lines = (*report.table(verdicts), *report.failures(verdicts), *report.summary(verdicts), *calls, found.trouble)
     print("\n".join(lines))
+    return not found.ok
+
+
+def add_compare(parser: argparse.ArgumentParser) -> None:
+    """Describe the command `compare`."""
+    parser.set_defaults(run=run_compare, command="compare")
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="written by --verdicts or verify --json")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write the verdicts as a page, too")
+
+
+def run_compare(options: argparse.Namespace) -> bool:
+    """Print the verdicts of several files side by side, and say whether one is wrong."""
+    found = side_by_side([Run.read(path) for path in options.files])
+    if options.html:
+        found.to_html(options.html)
+    print(found)
     return not found.ok
 
 

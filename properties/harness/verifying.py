@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +174,25 @@ def together(reports: Sequence[Report], begin: float) -> Report:
     about = dict.fromkeys(line for one in reports for line in one.header["about"])
     header = {**reports[0].header, "about": list(about), "seconds": round(time.monotonic() - begin, 1)}
     return Report(tuple(row for one in reports for row in one.verdicts), header)
+
+
+def side_by_side(runs: Sequence[Run]) -> Report:
+    """Return the verdicts of several runs as those of different implementations: the file tells them apart."""
+    names = [{row.implementation for row in run.verdicts} for run in runs]
+    twice = {name for i, of in enumerate(names) for name in of if any(name in other for other in names[:i])}
+    reports = [
+        Report(
+            tuple(
+                replace(row, implementation=f"{row.implementation} ({run.path.stem})")
+                if row.implementation in twice
+                else row
+                for row in run.verdicts
+            ),
+            run.header,
+        )
+        for run in runs
+    ]
+    return together(reports, time.monotonic())
 
 
 def seconds(budget: str | float) -> float:

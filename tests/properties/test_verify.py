@@ -179,6 +179,23 @@ def test_no_line_is_wider_than_a_hundred_columns() -> None:
     assert "no failure" in "\n".join(report.summary(rows))
 
 
+def test_files_of_several_machines_stand_side_by_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, rows in (("cpu", (PASSED,)), ("gpu", (BROKEN, replace(PASSED, law="test_b", implementation="n:g")))):
+        Report(rows, HEADER).to_json(tmp_path / f"{name}.json")
+    files = [str(tmp_path / f"{name}.json") for name in ("cpu", "gpu")]
+    monkeypatch.setattr(sys, "argv", ["python -m properties", "compare", *files, "--html", str(tmp_path / "x.html")])
+    assert main() == 1
+    output = capsys.readouterr().out
+    assert re.search(r"\[1\] m:f \(cpu\)\n  \[2\] m:f \(gpu\)\n  \[3\] n:g\n", output)
+    assert re.search(r"values_are_the_oracles +pass 50 +FAIL at 7 +-\n", output)
+    assert "m:f (gpu)" in (tmp_path / "x.html").read_text()
+    monkeypatch.setattr(sys, "argv", ["python -m properties", "compare", str(tmp_path / "x.html")])
+    assert main() == 2
+    assert "x.html is not a file of --verdicts" in capsys.readouterr().err
+
+
 def local() -> None:
     """Stand for a kernel."""
 
