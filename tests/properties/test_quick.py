@@ -1,14 +1,19 @@
 """Does a quick run end with its time, begin with what has shown mistakes, and say what it has not judged?"""
 
+import contextlib
 import io
+import itertools
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +26,7 @@ from properties.harness.facts import Facts
 from properties.harness.implementations import CLAIMS, implementation
 from properties.harness.laws import PROPERTIES
 from properties.harness.progress import Progress, duration
+from properties.harness.quick import RESERVE, Process, Quick
 from properties.harness.schedule import Schedule
 from properties.harness.subjects import Subject
 from properties.harness.worker import Answer, Judge, Ready, fresh
@@ -257,14 +263,57 @@ def test_a_quick_run_judges_a_wrong_kernel_and_survives_one_that_dies(tmp_path: 
     assert "ended by SIGKILL" in died["message"]
 
 
-def test_a_quick_run_ends_with_its_time_and_as_a_function_too() -> None:
-    found = verify("chunk", budget=12, select="any_small", workers=1)
-    assert found.ok, str(found)
+class Thread:
+    """A process of a quick run that is none: every example passes."""
+
+    exitcode = None
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        threading.Thread(target=self.serve, daemon=True).start()
+
+    def serve(self) -> None:
+        """Answer."""
+        self.connection.send(Ready("m:f", CLAIMS, "", "cpu only"))
+        with contextlib.suppress(EOFError, OSError):
+            for count in itertools.count(1):
+                self.connection.recv()
+                time.sleep(0.01)
+                self.connection.send(passed(count, seconds=0.01))
+
+    def kill(self) -> None:
+        """End."""
+
+    def join(self, seconds: float = 0) -> None:
+        """End."""
+
+
+class Threaded(Quick):
+    """A quick run without processes."""
+
+    def spawn(self) -> Process:
+        mine, other = Pipe()
+        self.processes.append(Process(Thread(other), mine, len(self.processes)))
+        return self.processes[-1]
+
+
+def test_a_quick_run_ends_with_its_time() -> None:
+    begin = time.monotonic()
+    run = Threaded(Subject("m:f"), begin, begin + 3, select=f"{VALUES}[", workers=1)
+    (verdict,) = run.run()
+    assert verdict.verdict == "pass (quick)"
     # A busy machine may be late.
-    assert 6 < found.header["seconds"] < 24
-    assert {row.verdict for row in found.verdicts} == {"pass (quick)"}
+    assert 3 - 1.5 * RESERVE < time.monotonic() - begin < 60
+    assert run.about(3)[1] == "titans: m:f on cpu (cpu only), quick: 3 s, seed 0"
+
+
+def test_a_quick_run_is_a_function_too() -> None:
+    found = verify("tests.properties.mistaken:without_factor", budget="2m", select="any_small", workers=1)
+    (failure,) = found.failures
+    assert failure.problem
+    assert failure.problem.tokens == 1
     with pytest.raises(ValueError, match="'nowhere:f' cannot be imported"):
-        verify("nowhere:f", budget=20, workers=1)
+        verify("nowhere:f", budget="2m", workers=1)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
