@@ -255,8 +255,10 @@ def asked(command: Sequence[str], option: str, progress: bool) -> Report:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "verdicts.json"
         printed = ended([*command, option, str(file)], progress)
-        if not file.exists() or not (run := Run.read(file)).verdicts:
-            raise ValueError(mistake(printed))
+        try:
+            run = Run.read(file)
+        except ValueError as error:
+            raise ValueError(mistake(printed)) from error
     return Report(run.verdicts, run.header)
 
 
