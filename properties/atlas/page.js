@@ -79,7 +79,7 @@ function filter(form) {
 }
 
 async function copy(button) {
-  const text = button.closest("td").querySelector("code").textContent;
+  const text = button.parentElement.querySelector("code").textContent;
   try {
     await navigator.clipboard.writeText(text);
   } catch {

@@ -3,8 +3,9 @@
 import json
 import math
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from typing import Any
 
 from properties.atlas.collect import ABSENT, JUDGED, NOT_FINITE, RAISED, UNDERFLOW, UNSURE
 from properties.atlas.data import Group, Judged, Measured, short
@@ -42,13 +43,18 @@ def cell(of: str, content: object, kind: str = "") -> str:
 
 def command(of: str, line: str) -> str:
     """Return a cell with a command to copy."""
-    button = '<button type="button" class="copy">copy</button>'
-    return f'<td data-of="{of}" class=problem><code>{text(line)}</code> {button}</td>'
+    return f'<td data-of="{of}" class=problem>{copied(line)}</td>'
+
+
+def copied(line: str) -> str:
+    """Return a command with a button that copies it."""
+    return f'<code>{text(line)}</code> <button type="button" class="copy">copy</button>'
 
 
 def verdicts(runs: Sequence[Judged]) -> str:
-    """Return the table of all verdicts, a row for each law and implementation of each run."""
-    rows = (verdict(number, row) for number, run in enumerate(runs, 1) for row in run.verdicts)
+    """Return the table of all verdicts, a row for each law and implementation of each run, what went wrong first."""
+    found = [(number, row) for number, run in enumerate(runs, 1) for row in run.verdicts]
+    rows = (verdict(number, row) for number, row in sorted(found, key=lambda x: not x[1].went_wrong))
     head = ("law", "SPEC", "implementation", "verdict", "#examples", "#error / bound", "worst in", "run")
     return table("verdicts", "Every law, with its verdict on every implementation", head, rows, "long")
 
@@ -56,14 +62,14 @@ def verdicts(runs: Sequence[Judged]) -> str:
 def verdict(run: int, row: Verdict) -> str:
     """Return the row of a verdict; one that went wrong can be unfolded."""
     who = short(row.implementation, row.device)
-    kind = {"pass": "pass", "fail": "fail", "error": "error"}.get(row.verdict.split(" ")[0], "open")
+    kind = "pass" if row.passed else row.verdict if row.went_wrong else "open"
     more = ""
-    if kind in ("fail", "error"):
+    if row.went_wrong:
         more = (
-            f"<details><summary>{text(ending(row))}</summary><pre><code>{text(row.message)}</code></pre>"
-            f"<p class=problem>{text(row.failing_problem)}</p><p><code>{text(row.replay)}</code></p></details>"
+            f"<details><summary>{text(ending(row))}</summary><pre>{text(row.message)}</pre>"
+            f"<p class=problem>{text(row.failing_problem)}</p><div>{copied(row.replay)}</div></details>"
         )
-    elif kind == "open":
+    elif not row.passed:
         more = f"<br><span class=source>{text(row.outside or 'lacks ' + ', '.join(row.lacking))}</span>"
     links = " ".join(f'<a href="#spec-{number}">{number}</a>' for number in row.sections)
     compared = row.examples > 0
@@ -146,16 +152,18 @@ def worst_cell(group: Group) -> str:
 
 def faults(measured: Measured) -> str:
     """Return a row for each planted fault: the laws that kill it and the smallest problem."""
-    rows = (
+    head = ("fault", "verdict", "must be noticed by", "smallest problem")
+    return table("faults", "Planted faults", head, map(fault, measured.rows), "long")
+
+
+def fault(row: Mapping[str, Any]) -> str:
+    """Return the row of a planted fault."""
+    kills, must = len(row["caught"]), ", ".join(name.replace("_", " ") for name in row["must"])
+    return (
         f'<tr><th scope="row">{text(row["fault"])}</th>'
-        + cell("", "survives" if not row["caught"] else f"killed by {len(row['caught'])} laws",
-               "pass" if row["caught"] else "fail")
-        + cell("must be noticed by", ", ".join(name.replace("_", " ") for name in row["must"]))
+        + cell("", f"killed by {kills} law{'s' * (kills > 1)}" if kills else "survives", "pass" if kills else "fail")
+        + cell("must be noticed by", must)
         + f'<td data-of="smallest problem" class=problem>{text(row["problem"])}</td></tr>\n'
-        for row in measured.rows
-    )  # fmt: skip
-    return table(
-        "faults", "Planted faults", ("fault", "verdict", "must be noticed by", "smallest problem"), rows, "long"
     )
 
 

@@ -93,6 +93,9 @@ def test_the_page_answers(browser: Any, url: str, trouble: list[str]) -> None:
     found.keyboard.press("Enter")
     found.select_option("form[data-table=verdicts] select[name=verdict]", "fail")
     assert found.locator("#verdicts tbody tr:visible").count() == 1
+    found.locator("#verdicts summary:visible").press("Enter")
+    found.locator("#verdicts button.copy:visible").press("Enter")
+    found.wait_for_function("document.getElementById('said').textContent == 'copied'")
     assert found.locator("form[data-table=verdicts] output").inner_text() == "1 of 3 rows"
     found.select_option("form[data-table=verdicts] select[name=verdict]", "")
     found.fill("form[data-table=verdicts] input", "half")
