@@ -1,6 +1,7 @@
 """The Triton backend on a GPU, against the nearest kernels there are: fla-core's `chunk_ttt_linear`.
 
     python -m benchmarks.gpu              # needs the `peers` dependency group
+    python -m benchmarks.gpu --decode     # decoding alone: see `benchmarks.decoding`
 
 TTT-Linear has the same LayerNorm gradient and chunk chain, but one state, no forgetting and no momentum: ours does
 more work. All in bfloat16, medians of CUDA events on a warm GPU, the calls taken in turn, the L2 cache flushed before
@@ -26,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import decoding
 from benchmarks.workload import Inputs, Shape, environment, make_inputs, medians, milliseconds, relative_error, show
 from titans import TitansState, chunk_titans_linear
 from titans.backend import Backend
@@ -217,6 +219,7 @@ def main() -> None:
     parser.add_argument("--shape", metavar="B,T,H,D,C", help="this shape only, with nothing required of it")
     parser.add_argument("--long-chunks", action="store_true", help="chunks of 256 and 1024 tokens only, ours alone")
     parser.add_argument("--no-fla-titans", action="store_true", help="leave out fla-core's Titans (half a minute)")
+    parser.add_argument("--decode", action="store_true", help="time decoding, and nothing else")
     options = parser.parse_args()
     device, backend = options.device, options.backend
     cases = [Case(Shape(*map(int, options.shape.split(","))))] if options.shape else [*CASES, *LONG_CHUNKS]
@@ -224,7 +227,10 @@ def main() -> None:
     warnings.simplefilter("ignore")  # fla warns of what is not installed
     print(environment(f"python -m benchmarks.gpu {' '.join(sys.argv[1:])}".strip(), device), end="\n\n")
 
-    verdicts = []
+    verdicts: list[bool] = []
+    if options.decode:
+        show(decoding.HEADER, decoding.compare(device, options.repeats, verdicts))
+        sys.exit(not all(verdicts))
 
     def checked() -> Iterator[Sequence[str]]:
         for case in cases:

@@ -2,12 +2,15 @@
 
 from titans.api import chunk_titans_linear, titans_linear, titans_linear_step
 from titans.arguments import TitansState
+from titans.decoding import DecodeState
 from titans.gates import check_gates
 from titans.layer import TitansLinear
 from titans.partition import grid
+from titans.prefill import titans_linear_prefill
 from titans.validation import check_layout
 
 __all__ = [
+    "DecodeState",
     "TitansLinear",
     "TitansState",
     "__version__",
@@ -16,6 +19,7 @@ __all__ = [
     "chunk_titans_linear",
     "grid",
     "titans_linear",
+    "titans_linear_prefill",
     "titans_linear_step",
 ]
 __version__ = "0.1.0"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -10,8 +11,9 @@ from torch import Tensor
 from titans import recurrent, validation
 from titans.arguments import Call, TitansState, compute_dtype
 from titans.autocast import follow_autocast, without_autocast
-from titans.autograd import chunked, step
+from titans.autograd import chunked, decode, step
 from titans.backend import Backend, choose
+from titans.decoding import DecodeState, check_decode_state
 from titans.partition import final_offset
 
 InitialState = TitansState | tuple[Tensor, Tensor, Tensor, Tensor] | Tensor | None
@@ -159,6 +161,22 @@ def titans_linear(
     )  # fmt: skip
 
 
+@overload
+def titans_linear_step(
+    q_t: Tensor, k_t: Tensor, v_t: Tensor, w: Tensor | None, b: Tensor | None,
+    theta_t: Tensor, alpha_t: Tensor, eta_t: Tensor, state: DecodeState, eps: float = ..., chunk_size: int = ...,
+    *, log_gates: bool = ..., backend: Backend | None = ..., in_place: bool = ...,
+) -> tuple[Tensor, DecodeState]: ...  # fmt: skip
+
+
+@overload
+def titans_linear_step(
+    q_t: Tensor, k_t: Tensor, v_t: Tensor, w: Tensor | None, b: Tensor | None,
+    theta_t: Tensor, alpha_t: Tensor, eta_t: Tensor, state: InitialState, eps: float = ..., chunk_size: int = ...,
+    *, log_gates: bool = ..., backend: Backend | None = ..., in_place: bool = ...,
+) -> tuple[Tensor, TitansState]: ...  # fmt: skip
+
+
 def titans_linear_step(
     q_t: Tensor,
     k_t: Tensor,
@@ -168,13 +186,14 @@ def titans_linear_step(
     theta_t: Tensor,
     alpha_t: Tensor,
     eta_t: Tensor,
-    state: InitialState,
+    state: InitialState | DecodeState,
     eps: float = 1e-6,
     chunk_size: int = 16,
     *,
     log_gates: bool = False,
     backend: Backend | None = None,
-) -> tuple[Tensor, TitansState]:
+    in_place: bool = False,
+) -> tuple[Tensor, TitansState | DecodeState]:
     """Decode one token of each of B sequences.
 
     Parameters
@@ -182,17 +201,21 @@ def titans_linear_step(
     q_t, k_t, v_t : Tensor, shape (B, H, D)
     w, b : Tensor, shape (H, D), or both None
     theta_t, alpha_t, eta_t : Tensor, shape (B, H) or (B, H, 1)
-    state : TitansState, or Tensor of shape (B, H, D, D) or (H, D, D), or None
-        As `initial_state` of `chunk_titans_linear`, each sequence at its own offset.
+    state : TitansState, or Tensor of shape (B, H, D, D) or (H, D, D), or None; or DecodeState
+        As `initial_state` of `chunk_titans_linear`, each sequence at its own offset. A `DecodeState` makes a step read
+        and write less, but has no derivative.
     eps, chunk_size, log_gates
         As in `chunk_titans_linear`.
     backend : {"triton", "chunk", "log", "recurrent"}, optional
-        None: "triton" on CUDA where it covers the call, else "recurrent".
+        None: "triton" on CUDA where it covers the call, else "recurrent". With a `DecodeState` the PyTorch backends are
+        one.
+    in_place : bool, default False
+        Move a `DecodeState` itself, in one launch, as a CUDA graph needs it; else a copy of it is moved.
 
     Returns
     -------
     o_t : Tensor, shape (B, H, D)
-    state : TitansState
+    state : TitansState, or DecodeState if such a state was given
 
     Raises
     ------
@@ -201,14 +224,20 @@ def titans_linear_step(
     """
     q_t, k_t, v_t = follow_autocast(q_t, k_t, v_t)
     validation.check_tokens(q_t, k_t, v_t, "(B, H, D)", "_t")
-    eps, chunk_size = validation.check_options(eps, chunk_size, backend, q_t, log_gates=log_gates)
+    eps, chunk_size = validation.check_options(eps, chunk_size, backend, q_t, log_gates=log_gates, in_place=in_place)
     validation.check_parameters(w, b, q_t)
     theta_t, alpha_t, eta_t = (
         validation.check_gate(name, gate, q_t, "(B, H)")
         for name, gate in (("theta_t", theta_t), ("alpha_t", alpha_t), ("eta_t", eta_t))
     )
-    validation.check_state("state", state, q_t.shape[0], q_t, chunk_size)
     q, k, v, theta, alpha, eta = (x.unsqueeze(1) for x in (q_t, k_t, v_t, theta_t, alpha_t, eta_t))
+    if isinstance(state, DecodeState):
+        check_decode_state("state", state, q_t, chunk_size, in_place)
+        call = Call(q, k, v, w, b, theta, alpha, eta, *state[:3], None, None, eps, chunk_size, log_gates)
+        return _decode(call, state if in_place else state.clone(), _chosen(call, backend, "recurrent"))
+    if in_place:
+        raise TypeError(f"`in_place` needs a DecodeState as `state`, got {type(state).__name__}")
+    validation.check_state("state", state, q_t.shape[0], q_t, chunk_size)
     M, S, anchor, offset = _initial_state(state, q_t.shape[0], q_t)
     call = Call(q, k, v, w, b, theta, alpha, eta, M, S, anchor, offset, None, eps, chunk_size, log_gates)
     backend = _chosen(call, backend, "recurrent")
@@ -219,6 +248,16 @@ def titans_linear_step(
         o, M, S, anchor = _run(call, backend)
         offset = final_offset(call)
     return o[:, 0], TitansState(M, S, anchor, offset, chunk_size)
+
+
+def _decode(call: Call, state: DecodeState, backend: Backend) -> tuple[Tensor, DecodeState]:
+    """Move a decode state in place; o and the state."""
+    inputs = (*call.differentiable, *state)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        raise ValueError("`state` must be a TitansState where gradients are recorded, got a DecodeState")
+    call = call._replace(M=None, S=None, anchor=None)  # type: ignore[arg-type]
+    given = (x for name, x in call._asdict().items() if name not in ("M", "S", "anchor", "offset", "cu_seqlens"))
+    return decode(*given, *state, backend == "triton")[:, 0], state
 
 
 def _initial_state(state: InitialState, N: int, q: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
-from titans import chunk, recurrent
+from titans import chunk, decoding, recurrent
 from titans.arguments import Call
 from titans.autocast import without_autocast
 from titans.partition import max_pieces
@@ -49,7 +49,9 @@ def _implement(name: str, run: Callable[..., Any], key: str) -> None:
         _library.impl(name, run, key, allow_override=True)
 
 
-def _define(name: str, arguments: str, results: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+def _define(
+    name: str, arguments: str, results: str, run: Callable[..., Any], fake: Callable[..., Any], vmap: bool = True
+) -> Any:
     """Register an operator, and return it."""
     new = not hasattr(_operators, name)
     if new:
@@ -58,7 +60,7 @@ def _define(name: str, arguments: str, results: str, run: Callable[..., Any], fa
     _implement(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"titans::{name}", fake, lib=_library, allow_override=True)
     operator = getattr(_operators, name).default
-    if new:
+    if new and vmap:
         # torch 2.11 lets nobody replace this rule; that of the module before does the same
         torch.library.register_vmap(f"titans::{name}", over_heads(operator), lib=_library)
     return operator
@@ -259,11 +261,38 @@ def _differentiate_step(ctx: Any, do: Any, dM: Any, dS: Any, danchor: Any, _: An
     return _gradients(call, "triton", *residuals, do, dM, dS, danchor)
 
 
+def _decode(*arguments: Any) -> Tensor:
+    """Compute o for a call of one token, and move a decode state in place, in one launch by the kernels."""
+    call, state, kernels = _decoded(*arguments)
+    with _alone_with(call.q):
+        if kernels:
+            from titans.kernels.decode import decode as launch
+
+            return launch(call, state)
+        return decoding.decode(call, state)
+
+
+def _decoded(*arguments: Any) -> tuple[Call, decoding.DecodeState, bool]:
+    given = dict(zip(_DECODED, arguments, strict=True))
+    state = decoding.DecodeState(*(given[name] for name in decoding.DecodeFields._fields))
+    call = Call(**{name: given.get(name) for name in Call._fields})  # type: ignore[arg-type]
+    return call.contiguous(), state, given["kernels"]
+
+
+def _fake_decode(q: Tensor, *_: Any) -> Tensor:
+    return q.new_empty(q.shape)
+
+
 _STATE = "Tensor M, Tensor S, Tensor anchor"
 chunked = _define("chunked", _ARGUMENTS, f"Tensor o, {_STATE}, {_RESIDUALS}", _chunked, _fake_chunked)
 _BACKWARD = f"{_ARGUMENTS}, {_RESIDUALS}, {_COTANGENTS}"
 chunked_backward = _define("chunked_backward", _BACKWARD, _GRADIENTS, _chunked_backward, _fake_chunked_backward)
 step = _define("step", _CALL, f"Tensor o, {_STATE}, Tensor offset", _step, _fake_step)
+_OWN = [name for name in Call._fields if name not in ("M", "S", "anchor", "offset", "cu_seqlens")]
+_DECODED = [*_OWN, *decoding.DecodeFields._fields, "kernels"]
+_MOVED = ", ".join(f"Tensor({chr(97 + i)}!) {name}" for i, name in enumerate(decoding.DecodeFields._fields))
+_GIVEN = ", ".join(f"{_TYPES[kind]} {name}" for name, kind in get_type_hints(Call).items() if name in _OWN)
+decode = _define("decode", f"{_GIVEN}, {_MOVED}, bool kernels", "Tensor o", _decode, _fake_decode, vmap=False)
 _differentiate(chunked, _save_chunked, _differentiate_chunked, _chunked_by_definition)
 _differentiate(chunked_backward, _save_nothing, _refuse)
 _differentiate(step, _save_step, _differentiate_step)

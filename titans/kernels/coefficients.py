@@ -41,13 +41,12 @@ def load_logs(gate_ptr, block, tile: tl.constexpr):
 
 
 @triton.jit
-def near_one(product, log, inside):
-    """The product of some decays, from the sum of their logs where that is little.
+def near_one(product, log):
+    """The product of some decays, from `log`, the sum of their logs, where that is little.
 
     Each of these decays rounds to 1 or close to it, and the same error in every token would add up along a sequence.
     """
-    total = tl.sum(tl.where(inside, log, 0.0), 0)
-    return tl.where(total > -1, tl.exp(total), product)
+    return tl.where(log > -1, tl.exp(log), product)
 
 
 @triton.jit
@@ -67,7 +66,8 @@ def coefficients_kernel(
 ):  # fmt: skip
     """Eq. (7): n <- eta_t n, n_t = theta_t;  G <- a_t G + n;  the same for (m, f) and beta.
 
-    Logs of gates are summed for beta and m, which hand the state from block to block, where they sum up to little.
+    Logs of gates are summed for beta and m, which hand the state from block to block, where they sum up to little; one
+    by one, as decoding does.
 
     Grid: (K H,), one warp each.
     Reads: gates.
@@ -88,6 +88,7 @@ def coefficients_kernel(
     betas, fs = n, n
     if tile.LOG:
         log_a, log_eta = load_logs(alpha_ptr, block, tile), load_logs(eta_ptr, block, tile)
+        log_beta, log_m, log_beta_c, log_m_c = 0.0, 0.0, 0.0, 0.0
     for t in range(block.length):
         a_t, eta_t = element(a, t, BC), element(eta, t, BC)
         n = tl.where(offs_j == t, theta, eta_t * n)
@@ -95,19 +96,26 @@ def coefficients_kernel(
         G = a_t * G + n
         f = a_t * f + m
         beta = a_t * beta
+        beta_t = beta
+        if tile.LOG:
+            log_a_t, log_eta_t = element(log_a, t, BC), element(log_eta, t, BC)
+            log_beta, log_m = log_beta + log_a_t, log_m + log_eta_t
+            beta_t = near_one(beta, log_beta)
         tl.store(G_ptr + (t * BC + offs_j), G, mask=offs_j <= t)
-        betas = tl.where(offs_j == t, beta, betas)
+        betas = tl.where(offs_j == t, beta_t, betas)
         fs = tl.where(offs_j == t, f, fs)
         if tile.SPLIT:
             m_c = eta_t * m_c
             f_c = a_t * f_c + m_c
             beta_c = a_t * beta_c
+            if tile.LOG:
+                log_beta_c, log_m_c = log_beta_c + log_a_t, log_m_c + log_eta_t
             start = chunk_start(t, block, C)
             last = (t == block.length - 1) | (chunk_start(t + 1, block, C) != start)
             if last:
                 own = (offs_j >= start) & (offs_j <= t)
                 if tile.LOG:
-                    beta_c, m_c = near_one(beta_c, log_a, own), near_one(m_c, log_eta, own)
+                    beta_c, m_c = near_one(beta_c, log_beta_c), near_one(m_c, log_m_c)
                 tl.store(step_end.weights + block.index * 2 * BC + offs_j, n, mask=own)
                 tl.store(step_end.weights + (block.index * 2 + 1) * BC + offs_j, G, mask=own)
                 # a first chunk that the sequence resumed in is chunk 0 all the same
@@ -115,13 +123,12 @@ def coefficients_kernel(
                 at = block.index * chunks_per_block(C, tile) + chunk
                 store_transition(step_end.transition, at, beta_c, f_c, m_c)
             m_c, f_c, beta_c = tl.where(last, 1.0, m_c), tl.where(last, 0.0, f_c), tl.where(last, 1.0, beta_c)
+            if tile.LOG:
+                log_beta_c, log_m_c = tl.where(last, 0.0, log_beta_c), tl.where(last, 0.0, log_m_c)
     tl.store(block_end.weights + block.index * 2 * BC + offs_j, n)
     tl.store(block_end.weights + (block.index * 2 + 1) * BC + offs_j, G)
     if tile.LOG:
-        sums = tl.cumsum(log_a, 0)
-        betas = tl.where(sums > -1, tl.exp(sums), betas)
-        inside = offs_j < block.length
-        beta, m = near_one(beta, log_a, inside), near_one(m, log_eta, inside)
+        beta, m = near_one(beta, log_beta), near_one(m, log_m)
     store_transition(block_end.transition, block.index, beta, f, m)
     tl.store(rows.beta_f + block.index * 2 * BC + offs_j, betas)
     tl.store(rows.beta_f + (block.index * 2 + 1) * BC + offs_j, fs)

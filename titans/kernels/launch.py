@@ -28,6 +28,7 @@ from titans.kernels.tile import (
     Tile,
     Where,
     block_rows,
+    fused,
     gates_tile,
     storage,
     tile_of,
@@ -71,10 +72,12 @@ run_state = Launcher(state_kernel)
 run_state_vjp = Launcher(state_vjp_kernel)
 run_key_vjp = Launcher(key_vjp_kernel)
 run_anchor_vjp = Launcher(anchor_vjp_kernel)
-# options of the compiler
-ONE_WARP, FOUR_WARPS, EIGHT_WARPS = (
-    {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True} for warps in (1, 4, 8)
-)
+# options of the compiler, by the number of warps and whether products and sums are fused
+OPTIONS: dict[tuple[int, bool], dict[str, Any]] = {
+    (warps, fuse): {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": fuse}
+    for warps in (1, 4, 8)
+    for fuse in (False, True)
+}
 
 
 class Form(NamedTuple):
@@ -88,8 +91,8 @@ class Form(NamedTuple):
         T, H and C.
     blocks, chains : int
         Programs of the parallel kernels, and of the chain.
-    flat, square : dict
-        Options of the kernels that work on (BC, BD) tiles, and on (BD, BD) tiles, which take more warps.
+    gates, flat, square : dict
+        Options of the kernels that work on gates, on (BC, BD) tiles, and on (BD, BD) tiles, which take more warps.
     """
 
     layout: Layout
@@ -98,6 +101,7 @@ class Form(NamedTuple):
     sizes: dict[str, int]
     blocks: int
     chains: int
+    gates: dict[str, Any]
     flat: dict[str, Any]
     square: dict[str, Any]
 
@@ -112,7 +116,7 @@ class Plan(NamedTuple):
     affine : Affine
     key : Hashable
         All that the compiled forms of the kernels depend on, see `Launcher`.
-    layout, tile, gate_tile, sizes, blocks, chains, flat, square
+    layout, tile, gate_tile, sizes, blocks, chains, gates, flat, square
         As in `Form`.
     """
 
@@ -126,6 +130,7 @@ class Plan(NamedTuple):
     sizes: dict[str, int]
     blocks: int
     chains: int
+    gates: dict[str, Any]
     flat: dict[str, Any]
     square: dict[str, Any]
 
@@ -142,11 +147,11 @@ def form_of(call: Call) -> Form:
     form = forms.get(given)
     if form is None:
         _, T, H, D = q.shape
-        layout, bfloat16 = layout_of(call, block_rows(q)), q.dtype == torch.bfloat16
+        layout, bfloat16, fuse = layout_of(call, block_rows(q)), q.dtype == torch.bfloat16, fused(q.dtype)
         form = Form(
             layout, tile_of(call, layout), gates_tile(call, layout), {"T": T, "H": H, "C": call.chunk_size},
             layout.slots * H, call.M.shape[0] * H,
-            FOUR_WARPS if bfloat16 else EIGHT_WARPS, FOUR_WARPS if bfloat16 and D <= 64 else EIGHT_WARPS,
+            OPTIONS[1, fuse], OPTIONS[4 if bfloat16 else 8, fuse], OPTIONS[4 if bfloat16 and D <= 64 else 8, fuse],
         )  # fmt: skip
         if len(forms) >= FORMS:
             forms.clear()
@@ -190,7 +195,7 @@ def coefficients(plan: Plan) -> Coefficients:
     run_coefficients(
         plan.blocks, plan.key,
         theta_ptr=call.theta, alpha_ptr=call.alpha, eta_ptr=call.eta, where=plan.where, rows=c.rows,
-        block_end=c.block_end, step_end=c.step_end, **plan.sizes, tile=plan.gate_tile, **ONE_WARP,
+        block_end=c.block_end, step_end=c.step_end, **plan.sizes, tile=plan.gate_tile, **plan.gates,
     )  # fmt: skip
     return c
 
@@ -343,7 +348,7 @@ def coefficients_vjp(plan: Plan, drows: Rows, drows_k: Rows | None, dblock_end: 
         plan.blocks, plan.key,
         theta_ptr=call.theta, alpha_ptr=call.alpha, eta_ptr=call.eta, where=plan.where, drows=drows, drows_k=drows_k,
         dblock_end=dblock_end, ln_ptr=torch.empty_like(drows.G), dtheta_ptr=dtheta, dalpha_ptr=dalpha, deta_ptr=deta,
-        **plan.sizes, tile=plan.gate_tile, **ONE_WARP,
+        **plan.sizes, tile=plan.gate_tile, **plan.gates,
     )  # fmt: skip
     return dtheta, dalpha, deta
 

@@ -156,8 +156,17 @@ def storage(call: Call) -> torch.dtype:
     return torch.bfloat16 if call.q.dtype == torch.bfloat16 else torch.float32
 
 
-def tile_of(call: Call, layout: Layout) -> Tile:
-    """The tile of the chunk form.
+def fused(dtype: torch.dtype) -> bool:
+    """Whether products and sums are fused.
+
+    Not where operands of products are split: the rest would be that of the unrounded operand where it is computed, and
+    of the rounded one where it is loaded, as in decoding.
+    """
+    return dtype == torch.bfloat16
+
+
+def tile_of(call: Call, layout: Layout, log_gates: bool = False) -> Tile:
+    """The tile of the chunk form, whose stages but `coefficients` see no gates; or, with `log_gates`, of decoding.
 
     How dots round their operands: bfloat16 stays what it is. float16 is raised to tf32, which holds it exactly and does
     not overflow where a state or an inner gradient leaves its range. float32 follows
@@ -169,8 +178,7 @@ def tile_of(call: Call, layout: Layout) -> Tile:
         D=D,
         BD=max(16, 1 << (D - 1).bit_length()),
         NORM=call.w is not None,
-        # the stages but `coefficients` see no gates
-        LOG=False,
+        LOG=log_gates,
         RESUMED=call.offset is not None,
         PACKED=call.cu_seqlens is not None,
         OP=tl.bfloat16 if call.q.dtype == torch.bfloat16 else tl.float32,

@@ -1,0 +1,122 @@
+"""Decoding on a GPU: a step of a `TitansState` against one of a `DecodeState`; `python -m benchmarks.gpu --decode`.
+
+Device time of a step, averaged over a block, at whose end the memory moves: the steps of a block are captured in a CUDA
+graph, which is replayed. Before a shape is timed, decoded outputs and states are compared with those of one call over
+the whole sequence, bit for bit.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.workload import Inputs, Shape, make_inputs, medians
+from titans import DecodeState, TitansState, chunk_titans_linear, titans_linear_step
+
+C = 64
+COPIED = 2**30  # bytes, more than any cache
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """A shape with its goals: how many times faster than a step of a `TitansState`."""
+
+    N: int
+    H: int
+    D: int
+    must: float
+    aim: float
+
+    def __str__(self) -> str:
+        return f"({self.N}, {self.H}, {self.D})"
+
+
+CASES = [Decoding(64, 16, 64, 2, 4), Decoding(256, 16, 128, 2, 4), Decoding(1, 16, 64, 1, 1)]
+
+
+def start(x: Inputs) -> TitansState:
+    """Return the state that the inputs begin with."""
+    return TitansState(x.M, torch.zeros_like(x.M), x.M, x.M.new_zeros(len(x.M), dtype=torch.int64), C)
+
+
+def step(x: Inputs, t: int, state: Any, **options: Any) -> Any:
+    """Decode a token."""
+    q, k, v, theta, alpha, eta = (y[:, t] for y in (x.q, x.k, x.v, x.theta, x.alpha, x.eta))
+    return titans_linear_step(q, k, v, x.w, x.b, theta, alpha, eta, state, chunk_size=C, backend="triton", **options)
+
+
+def same_bits(x: Inputs) -> bool:
+    """Return whether decoding gives the bits of one call: outputs and final state."""
+    o, final = chunk_titans_linear(*x[:8], chunk_size=C, initial_state=start(x), output_final_state=True)
+    assert final is not None
+    state = DecodeState.begin(start(x), x.q.dtype)
+    outputs = [step(x, t, state, in_place=True)[0] for t in range(x.q.shape[1])]
+    return all(torch.equal(a, b) for a, b in zip((torch.stack(outputs, 1), *state.state()), (o, *final), strict=True))
+
+
+def moved(case: Decoding) -> tuple[float, float]:
+    """Return the bytes that a step of either state must move, in bfloat16, averaged over a block."""
+    square, row = case.D**2, case.D
+    before = 6 * 4 * square
+    # M0 and S0; half of the rows k and u; the coefficients; the token
+    every = 2 * 2 * square + C / 2 * 2 * 2 * row + 3 * C * 4 + 8 * row
+    # M and S in and out, the anchor, M0, S0 and A; all rows
+    end = 5 * 4 * square + 3 * 2 * square + C * 6 * row
+    return case.N * case.H * before, case.N * case.H * (every + end / C)
+
+
+def graph_of(x: Inputs, carries: bool) -> Any:
+    """Capture the steps of a block."""
+    # as many full blocks as the warm-up, so that the block starts where a chunk does
+    states: list[Any] = [DecodeState.begin(start(x), x.q.dtype) if carries else start(x)]
+
+    def block() -> None:
+        for t in range(C):
+            _, states[0] = step(x, t, states[0], **({"in_place": True} if carries else {}))
+
+    side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(side):
+        block()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        block()
+    return graph
+
+
+def bandwidth(device: str, repeats: int) -> float:
+    """Return the bytes per second of a copy, those read and those written."""
+    source: Tensor = torch.empty(COPIED, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    (copied,) = medians([lambda: target.copy_(source)], repeats, warm=3, device=device)
+    return 2 * COPIED / copied * 1e3
+
+
+def compare(device: str, repeats: int, verdicts: list[bool]) -> Iterator[Sequence[str]]:
+    """Time each case: the table's rows; whether the musts are met, and the bits are the same, goes to `verdicts`."""
+    copy = bandwidth(device, repeats)
+    for case in CASES:
+        x = make_inputs(Shape(case.N, C, case.H, case.D, C), torch.bfloat16, device)
+        few = make_inputs(Shape(3, 2 * C + 7, case.H, case.D, C), torch.bfloat16, device, seed=1)
+        with torch.no_grad():
+            same = same_bits(few)
+            graphs = [graph_of(x, carries) for carries in (False, True)]
+        times = [1e3 * ms / C for ms in medians([graph.replay for graph in graphs], repeats, warm=3, device=device)]
+        rates = [bytes_ / us * 1e6 for bytes_, us in zip(moved(case), times, strict=True)]
+        ratio = times[0] / times[1]
+        verdicts += [same, ratio >= case.must]
+        yield [
+            str(case), *(f"{us:.1f}" for us in times), f"{ratio:.2f}",
+            f"{case.must:g}" + ("" if ratio >= case.must else " MISSED"), f"{case.aim:g}",
+            *(f"{rate / 1e12:.2f} ({rate / copy:.0%})" for rate in rates), "yes" if same else "NO",
+        ]  # fmt: skip
+        del graphs
+        torch.cuda.empty_cache()
+
+
+HEADER = [
+    "bfloat16, (N, H, D)", "TitansState (us)", "DecodeState (us)", "ratio", "must", "aim",
+    "TitansState, TB/s (of a copy)", "DecodeState, TB/s (of a copy)", "bits of one call",
+]  # fmt: skip
