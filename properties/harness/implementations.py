@@ -127,10 +127,11 @@ def implementation(backend: str, device: str) -> Implementation:
         "chunk": shaped,
         # The exponential of a sum of logs is not the exact product.
         "log": shaped | {"exact"},
-        # Its interpreter takes bfloat16 for something else, and its time, and has one grid for all threads. Its step
-        # follows the definition.
-        "triton": {"float64", "decode_bits"} | (set() if device == "cuda" else {"bfloat16", "large", "threads"}),
+        # Its interpreter takes bfloat16 for something else, and its time, and has one grid for all threads.
+        "triton": {"float64"} | (set() if device == "cuda" else {"bfloat16", "large", "threads"}),
     }
+    # A state of the definition is enough for the definition.
+    carries = {"decoding": titans.DecodeState.begin, "decoded": functools.partial(_settled, backend)}
     grids: dict[str, Grid] = {"triton": titans.grid, "recurrent": every_token}
     if (backend, device) == ("triton", "cpu"):
         patch_once()
@@ -147,7 +148,12 @@ def implementation(backend: str, device: str) -> Implementation:
         share=share_of(backend, device),
         domain=Domain(few_shapes=(backend, device) == ("triton", "cuda")),
         grid=grids.get(backend, whole_chunks),
+        **(carries if backend == "triton" else {}),
     )
+
+
+def _settled(backend: str, state: Any) -> Any:
+    return state.state(backend=backend)
 
 
 def arithmetic(backend: str, device: str, inputs: Inputs) -> bounds.ErrorModel:

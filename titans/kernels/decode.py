@@ -60,6 +60,12 @@ class Place(NamedTuple):
     own: Any  # whether the anchor is the memory that the block starts from
 
 
+@triton.jit
+def meet():
+    """Wait for all threads of the program; Gluon has had two names for it."""
+    tl.debug_barrier()
+
+
 DECAYS = tl.constexpr(len(Decay._fields))
 
 
@@ -396,7 +402,12 @@ def decode(call: Call, state: DecodeState) -> Tensor:
     """Decode the only token of every sequence: o; moves the state, in place."""
     N, _, H, _ = call.q.shape
     o = torch.empty_like(call.q)
-    if N * H:
+    if N * H and hopper.stages_of(call).state:
+        # Gluon is experimental: it is imported where it is used
+        from titans.kernels.hopper.decode import launch_decode
+
+        launch_decode(call, state, _tile(call), o)
+    elif N * H:
         decode_kernel[(N * H,)](
             q_ptr=call.q,
             k_ptr=call.k,
