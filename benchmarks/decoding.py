@@ -5,7 +5,7 @@ graph, which is replayed. Before a shape is timed, decoded outputs and states ar
 the whole sequence, bit for bit.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,10 +41,16 @@ def start(x: Inputs) -> TitansState:
     return TitansState(x.M, torch.zeros_like(x.M), x.M, x.M.new_zeros(len(x.M), dtype=torch.int64), C)
 
 
-def step(x: Inputs, t: int, state: Any, **options: Any) -> Any:
+def tokens(x: Inputs) -> list[tuple[Tensor, ...]]:
+    """Return q, k, v and the gates of each token, contiguous, so that a step is one launch."""
+    each = (x.q, x.k, x.v, x.theta, x.alpha, x.eta)
+    return [tuple(y[:, t].contiguous() for y in each) for t in range(x.q.shape[1])]
+
+
+def step(x: Inputs, token: tuple[Tensor, ...], state: Any, **options: Any) -> Any:
     """Decode a token."""
-    q, k, v, theta, alpha, eta = (y[:, t] for y in (x.q, x.k, x.v, x.theta, x.alpha, x.eta))
-    return titans_linear_step(q, k, v, x.w, x.b, theta, alpha, eta, state, chunk_size=C, backend="triton", **options)
+    q, k, v, *gates = token
+    return titans_linear_step(q, k, v, x.w, x.b, *gates, state, chunk_size=C, backend="triton", **options)
 
 
 def same_bits(x: Inputs) -> bool:
@@ -52,7 +58,7 @@ def same_bits(x: Inputs) -> bool:
     o, final = chunk_titans_linear(*x[:8], chunk_size=C, initial_state=start(x), output_final_state=True)
     assert final is not None
     state = DecodeState.begin(start(x), x.q.dtype)
-    outputs = [step(x, t, state, in_place=True)[0] for t in range(x.q.shape[1])]
+    outputs = [step(x, token, state, in_place=True)[0] for token in tokens(x)]
     return all(torch.equal(a, b) for a, b in zip((torch.stack(outputs, 1), *state.state()), (o, *final), strict=True))
 
 
@@ -67,23 +73,31 @@ def moved(case: Decoding) -> tuple[float, float]:
     return case.N * case.H * before, case.N * case.H * (every + end / C)
 
 
-def graph_of(x: Inputs, carries: bool) -> Any:
-    """Capture the steps of a block."""
+def graph_of(x: Inputs, carries: bool) -> Callable[[], Any]:
+    """Capture the steps of a block; return what replays them."""
     # as many full blocks as the warm-up, so that the block starts where a chunk does
     states: list[Any] = [DecodeState.begin(start(x), x.q.dtype) if carries else start(x)]
 
+    own = tokens(x)
+
     def block() -> None:
-        for t in range(C):
-            _, states[0] = step(x, t, states[0], **({"in_place": True} if carries else {}))
+        for token in own:
+            _, states[0] = step(x, token, states[0], in_place=carries)
 
     side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     with torch.cuda.stream(side):
         block()
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
+    graph, first = torch.cuda.CUDAGraph(), states[0]
     with torch.cuda.graph(graph):
         block()
-    return graph
+
+    def replay() -> None:
+        # the graph reads them, so they must live as long
+        _ = own, first
+        graph.replay()
+
+    return replay
 
 
 def bandwidth(device: str, repeats: int) -> float:
@@ -103,7 +117,7 @@ def compare(device: str, repeats: int, verdicts: list[bool]) -> Iterator[Sequenc
         with torch.no_grad():
             same = same_bits(few)
             graphs = [graph_of(x, carries) for carries in (False, True)]
-        times = [1e3 * ms / C for ms in medians([graph.replay for graph in graphs], repeats, warm=3, device=device)]
+        times = [1e3 * ms / C for ms in medians(graphs, repeats, warm=3, device=device)]
         rates = [bytes_ / us * 1e6 for bytes_, us in zip(moved(case), times, strict=True)]
         ratio = times[0] / times[1]
         verdicts += [same, ratio >= case.must]

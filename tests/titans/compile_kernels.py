@@ -2,7 +2,8 @@
 
     python -m tests.titans.compile_kernels float32 highest 64    # dtype, precision of float32 products, chunk length
 
-The launches are those of a real forward, backward and step, intercepted: so are their specialisations, sizes and warps.
+The launches are those of a real forward, backward, step and decoded token, intercepted: so are their specialisations,
+sizes and warps.
 """
 
 import json
@@ -17,8 +18,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
+from titans import DecodeState, TitansState
 from titans.arguments import Call
 from titans.autograd import chunked, step
+from titans.kernels.decode import decode, settle
 
 D = 64
 TOKENS = ("q", "k", "v", "theta", "alpha", "eta")
@@ -41,7 +44,7 @@ class NoGPU:
 
 
 def compiled(call: Call) -> list[Any]:
-    """Compile what a forward, a backward and a step would launch."""
+    """Compile what a forward, a backward and steps would launch."""
     kernels: list[Any] = []
 
     def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -54,7 +57,19 @@ def compiled(call: Call) -> list[Any]:
     torch.autograd.grad(o, leaves, torch.zeros_like(o))
     token = {name: getattr(call, name)[:, :1] for name in TOKENS}
     step(*call._replace(**token, offset=torch.zeros(len(call.M), dtype=torch.int64)))
+    place = torch.zeros(len(call.M), dtype=torch.int64)
+    state = DecodeState.begin(TitansState(call.M.detach(), call.S, call.anchor, place), call.q.dtype, call.chunk_size)
+    one = call._replace(**{name: x.contiguous() for name, x in token.items()})
+    decode(one, state)
+    settle(one, state)
     return kernels
+
+
+def sums(ttgir: str) -> list[str]:
+    """Return the layout of each sum along rows: which numbers a thread adds up, and in which order."""
+    layouts = dict(re.findall(r"^(#\w+) = (#\S+<.*>)$", ttgir, re.MULTILINE))
+    pattern = r'"tt.reduce"\([^)]*\) <\{axis = 1 : i32\}> .*?\}\) : \(tensor<\d+x(\d+xf32), (#\w+)>'
+    return [f"{shape} {layouts[name]}" for shape, name in re.findall(pattern, ttgir, re.DOTALL)]
 
 
 def call_of(dtype: torch.dtype, C: int) -> Call:
@@ -87,6 +102,7 @@ def facts(kernel: Any) -> dict[str, Any]:
         "products": len(re.findall(r"(?:tt\.dot|ttng\.warp_group_dot) ", ttgir)),
         "mma": mma,
         "rounded": len(re.findall(r"\bcvt\.rna\.tf32\.f32\b", ptx)),
+        "sums": sums(ttgir),
         "atomics": re.findall(r"\b(?:atom|red)\.\S+", ptx),
         "flushing": sorted(set(re.findall(r"\b\w\S*\.ftz\S*", ptx))),
         **resources(kernel.asm["cubin"]),

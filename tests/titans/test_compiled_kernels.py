@@ -102,3 +102,11 @@ def test_no_subnormal_is_flushed_but_that_of_a_variance(case: tuple[str, str, in
 def test_little_is_spilled(case: tuple[str, str, int]) -> None:
     assert not {kernel["name"]: kernel["STACK"] for kernel in kernels(*case) if kernel["STACK"] > SPILLED}
     assert not any(kernel["LOCAL"] for kernel in kernels(*case))
+
+
+@pytest.mark.parametrize("case", [*BFLOAT16, FLOAT32, FLOAT16], ids=str)
+def test_decoding_adds_up_in_the_order_of_the_chain_and_of_the_outputs(case: tuple[str, str, int]) -> None:
+    """Without which it could not have their bits."""
+    sums = {kernel["name"]: kernel["sums"] for kernel in kernels(*case)}
+    assert sums["state_kernel"]
+    assert sums["decode_kernel"] == sums["state_kernel"] + sums["output_kernel"]

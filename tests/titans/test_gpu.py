@@ -28,7 +28,7 @@ from properties.harness.running import tensors
 from properties.harness.subcalls import Part
 from properties.problems.problem import Problem
 from tests.poison import poisoned_memory
-from titans import TitansState, chunk, chunk_titans_linear, titans_linear_step
+from titans import DecodeState, TitansState, chunk, chunk_titans_linear, titans_linear_step
 from titans.arguments import Call
 
 pytestmark = [
@@ -417,6 +417,60 @@ def test_a_replayed_graph_decodes_with_the_eager_bits() -> None:
             x.copy_(new)
         graph.replay()
         assert torch.equal(o, wanted)
+    assert same([*state], [*eager])
+
+
+# what is claimed: in bfloat16 wide heads only of the chunks that have a kernel of their own, on the GPUs that have it
+DECODED = [
+    *(Case(dtype, D, C, B=5, T=70, H=3) for dtype in (FP32, FP16) for D in (64, 128) for C in (16, 64, 200)),
+    *(Case(BF16, 64, C, B=5, T=150, H=3) for C in (16, 64, 200)),
+]
+HOPPER_DECODED = [Case(BF16, D, 64, B=5, T=150, H=3) for D in (40, 72, 96, 128)]
+HOPPER_ONLY = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+)
+DECODED_CASES = [
+    pytest.param(replace(case, plain=plain, log_gates=plain, resumed=True), id=f"{case}-{plain}", marks=marks)
+    for cases, marks in ((DECODED, ()), (HOPPER_DECODED, HOPPER_ONLY))
+    for case in cases
+    for plain in (False, True)
+]
+
+
+@pytest.mark.parametrize("case", DECODED_CASES)
+def test_decoding_gives_the_bits_of_one_call(case: Case) -> None:
+    """Of sequences at different places, outputs and states, in a step that the host does not wait for."""
+    call = case.call()
+    options: Any = {"chunk_size": case.C, "log_gates": case.log_gates, "backend": "triton"}
+    start = TitansState(*call[8:12], chunk_size=case.C)
+    with torch.no_grad():
+        o, final = chunk_titans_linear(*call[:8], initial_state=start, output_final_state=True, **options)
+        state = DecodeState.begin(start, case.dtype)
+        for t in range(case.T):
+            q, k, v, theta, alpha, eta = (x[:, t] for x in (*call[:3], *call[5:8]))
+            with no_synchronisation() if t else nullcontext():
+                o_t, _ = titans_linear_step(
+                    q, k, v, call.w, call.b, theta, alpha, eta, state, in_place=True, **options
+                )  # fmt: skip
+            assert torch.equal(o_t, o[:, t]), t
+    assert final is not None
+    assert same([*state.state()], [*final])
+
+
+def test_a_replayed_graph_moves_a_decode_state() -> None:
+    token, start = decoding()
+    eager, state = (DecodeState.begin(start, BF16, 4) for _ in range(2))
+
+    def step(state: DecodeState) -> Tensor:
+        return titans_linear_step(*token, state, chunk_size=4, backend="triton", in_place=True)[0]
+
+    step(state.clone())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o = step(state)
+    for _ in range(70):
+        graph.replay()
+        assert torch.equal(o, step(eager))
     assert same([*state], [*eager])
 
 

@@ -361,6 +361,10 @@ def decode_kernel(
     # only where chunks share a block are values looked at one by one
     U: tl.constexpr = tl.float32 if tile.SPLIT else tile.OP
     u = tl.where(offs_t == t, u_row.to(U), load_rows(state.u, block, tile.BC, tile, U))
+    if tile.OP == tl.float32:
+        # Zeros for zeros. The compiler orders the sums of a product by the narrowest numbers that operands are made of,
+        # and in `output_kernel` u is made of k.
+        u = tl.where(offs_t <= t, u, k)
     beta = near_one(whole.beta, whole.log_beta)
     o = read_token(q_ptr, k, u, state, beta, whole.f, G, w, b, eps, token, t, tile)
     store_width(o_ptr, o, pid, tile)

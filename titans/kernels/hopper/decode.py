@@ -1,9 +1,9 @@
 """One token in one launch, in Gluon: `titans.kernels.decode`, with the token as a column.
 
-A product with a single row would fill a sixty-fourth of a tensor core's tile. Here the state is the left operand and the
-token a column of the right one, which has 8: y^T = M^T q^T. Every element is the same sum in the same order. Sums along
-a row are taken in the layouts of the kernels whose bits they must have: CHAIN is that of the chain, OUT that of the
-outputs, and READ that of the rows that `output_kernel` loads.
+A product with a single row would fill a sixty-fourth of a tensor core's tile. Here the state is the left operand and
+the token a column of the right one, which has 8: y^T = M^T q^T. Every element is the same sum in the same order. Sums
+along a row are taken in the layouts of the kernels whose bits they must have: CHAIN is that of the chain, OUT that of
+the outputs, and READ that of the rows that `output_kernel` loads.
 """
 
 from __future__ import annotations
@@ -95,35 +95,33 @@ def less(x, mean_x, first_: gl.constexpr, tile: gl.constexpr, LAYOUT: gl.constex
 
 
 @gluon.jit
-def residual(x, k_ptr, v_ptr, affine, pid, h, first_: gl.constexpr, tile: gl.constexpr):
-    """e of (2) in up to 64 columns, in the order of the chain."""
-    w = load_vector(affine.w, h, first_, 64, tile, CHAIN)
-    b = load_vector(affine.b, h, first_, 64, tile, CHAIN)
-    target = load_vector(v_ptr, pid, first_, 64, tile, CHAIN) - load_vector(k_ptr, pid, first_, 64, tile, CHAIN)
-    return (x * w + (b - target)) * w
+def residual(x, w_s, b_s, target_s):
+    """e of (2) in up to 64 columns, in the order of the chain; and u of the plain memory."""
+    w = w_s.load(CHAIN)
+    return (x * w + (b_s.load(CHAIN) - target_s.load(CHAIN))) * w
 
 
 @gluon.jit
-def learn_narrow(y_s, k_ptr, v_ptr, affine, u_ptr, at, pid, h, eps, tile: gl.constexpr):
+def learn_narrow(y_s, w_s, b_s, target_s, u_ptr, at, eps, tile: gl.constexpr):
     """Eq. (2) of a token from k A, up to 64 columns: stores u as the chain has it, x replaces k A; r."""
     y = y_s.load(CHAIN)
     if tile.NORM:
         centred = less(y, gl.sum(y, 0) / tile.D, 0, tile, CHAIN)
         r = gl.rsqrt(gl.sum(centred * centred, 0) / tile.D + eps)
         x = centred * r
-        e = residual(x, k_ptr, v_ptr, affine, pid, h, 0, tile)
+        e = residual(x, w_s, b_s, target_s)
         mean_e, c = gl.sum(e, 0) / tile.D, gl.sum(e * x, 0) / tile.D
         u = r * (less(e, mean_e, 0, tile, CHAIN) - x * c)
         y_s.store(x)
     else:
         r = 1.0
-        u = y - load_vector(v_ptr, pid, 0, 64, tile, CHAIN)
+        u = y - target_s.load(CHAIN)
     store_vector(u_ptr, at, u, 0, tile, CHAIN)
     return r
 
 
 @gluon.jit
-def learn_wide(y_s, k_ptr, v_ptr, affine, u_ptr, at, pid, h, eps, tile: gl.constexpr):
+def learn_wide(y_s, w_s, b_s, target_s, u_ptr, at, eps, tile: gl.constexpr):
     """`learn_narrow` of two halves, of 64 columns each."""
     y0, y1 = y_s.slice(0, 64).load(CHAIN), y_s.slice(64, 64).load(CHAIN)
     if tile.NORM:
@@ -131,8 +129,8 @@ def learn_wide(y_s, k_ptr, v_ptr, affine, u_ptr, at, pid, h, eps, tile: gl.const
         y0, y1 = less(y0, mean_y, 0, tile, CHAIN), less(y1, mean_y, 64, tile, CHAIN)
         r = gl.rsqrt((gl.sum(y0 * y0, 0) + gl.sum(y1 * y1, 0)) / tile.D + eps)
         x0, x1 = y0 * r, y1 * r
-        e0 = residual(x0, k_ptr, v_ptr, affine, pid, h, 0, tile)
-        e1 = residual(x1, k_ptr, v_ptr, affine, pid, h, 64, tile)
+        e0 = residual(x0, w_s.slice(0, 64), b_s.slice(0, 64), target_s.slice(0, 64))
+        e1 = residual(x1, w_s.slice(64, 64), b_s.slice(64, 64), target_s.slice(64, 64))
         mean_e = (gl.sum(e0, 0) + gl.sum(e1, 0)) / tile.D
         c = (gl.sum(e0 * x0, 0) + gl.sum(e1 * x1, 0)) / tile.D
         u0 = r * (less(e0, mean_e, 0, tile, CHAIN) - x0 * c)
@@ -141,23 +139,21 @@ def learn_wide(y_s, k_ptr, v_ptr, affine, u_ptr, at, pid, h, eps, tile: gl.const
         y_s.slice(64, 64).store(x1)
     else:
         r = 1.0
-        u0 = y0 - load_vector(v_ptr, pid, 0, 64, tile, CHAIN)
-        u1 = y1 - load_vector(v_ptr, pid, 64, 64, tile, CHAIN)
+        u0 = y0 - target_s.slice(0, 64).load(CHAIN)
+        u1 = y1 - target_s.slice(64, 64).load(CHAIN)
     store_vector(u_ptr, at, u0, 0, tile, CHAIN)
     store_vector(u_ptr, at, u1, 64, tile, CHAIN)
     return r
 
 
 @gluon.jit
-def read_u(y_s, k_ptr, v_ptr, affine, pid, h, r, tile: gl.constexpr, READ: gl.constexpr):
+def read_u(y_s, w_s, b_s, target_s, r, tile: gl.constexpr, READ: gl.constexpr):
     """u of a token as `output_kernel` computes it from the x that is stored, (BD,)."""
-    BD: gl.constexpr = tile.BD
     x = y_s.load(READ).to(gl.bfloat16).to(gl.float32)
-    target = load_vector(v_ptr, pid, 0, BD, tile, READ)
+    target = target_s.load(READ)
     if tile.NORM:
-        target -= load_vector(k_ptr, pid, 0, BD, tile, READ)
-        w = load_vector(affine.w, h, 0, BD, tile, READ)
-        e = (x * w + load_vector(affine.b, h, 0, BD, tile, READ) - target) * w
+        w = w_s.load(READ)
+        e = (x * w + b_s.load(READ) - target) * w
         mean_e, c = gl.sum(e, 0) / tile.D, gl.sum(e * x, 0) / tile.D
         u = r * (less(e, mean_e, 0, tile, READ) - x * c)
     else:
@@ -166,14 +162,13 @@ def read_u(y_s, k_ptr, v_ptr, affine, pid, h, r, tile: gl.constexpr, READ: gl.co
 
 
 @gluon.jit
-def read_out(y_s, affine, o_ptr, pid, h, eps, tile: gl.constexpr, OUT: gl.constexpr):
+def read_out(y_s, w_s, b_s, o_ptr, pid, eps, tile: gl.constexpr, OUT: gl.constexpr):
     """Eq. (5) from q M, as `output_kernel` computes it."""
     y = y_s.load(OUT)
     if tile.NORM:
         centred = less(y, gl.sum(y, 0) / tile.D, 0, tile, OUT)
         r = gl.rsqrt(gl.sum(centred * centred, 0) / tile.D + eps)
-        w = load_vector(affine.w, h, 0, tile.BD, tile, OUT)
-        y += centred * r * w + load_vector(affine.b, h, 0, tile.BD, tile, OUT)
+        y += centred * r * w_s.load(OUT) + b_s.load(OUT)
     store_vector(o_ptr, pid, y, 0, tile, OUT)
 
 
@@ -194,32 +189,34 @@ def store_matrix(x_ptr, value, pid, tile: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
+def plus(square, u_ptr, weights, k_s, u_s, pid, t, tile: gl.constexpr, ROWS: gl.constexpr):
+    """square - 2 k^T (weights u), of the rows of a block."""
+    offs_t, offs_d = grid_of(64, tile.BD, ROWS)
+    mask = (offs_t <= t) & (offs_d < tile.D)
+    u = gl.load(u_ptr + (pid * 64 + offs_t) * tile.D + offs_d, mask=mask, other=0)
+    weights = gl.expand_dims(gl.convert_layout(weights, gl.SliceLayout(1, ROWS)), 1)
+    u_s.store((weights * -2 * u).to(gl.bfloat16))
+    fence_async_shared()
+    meet()
+    square = warpgroup_mma(k_s.permute((1, 0)), u_s, square, is_async=True)
+    return warpgroup_mma_wait(0, deps=[square])
+
+
+@gluon.jit
 def move(state, chunk, n, G, k_s, u_s, pid, t, tile: gl.constexpr, ROWS: gl.constexpr, SQUARE: gl.constexpr):
     """Eq. (9) and (10) at the end of a block, as the chain computes them."""
     beta, f, m = near_one(chunk.beta, chunk.log_beta), chunk.f, near_one(chunk.m, chunk.log_m)
-    offs_t, offs_d = grid_of(64, tile.BD, ROWS)
     # the rows that other threads have stored
     meet()
-    at = state.u_chain + (pid * 64 + offs_t) * tile.D + offs_d
-    u = gl.load(at, mask=(offs_t <= t) & (offs_d < tile.D), other=0)
-    M = load_matrix(state.M, pid, tile, SQUARE)
-    S = load_matrix(state.S, pid, tile, SQUARE)
-    M = beta * M + f * S
-    G = gl.expand_dims(gl.convert_layout(G, gl.SliceLayout(1, ROWS)), 1)
-    u_s.store((G * -2 * u).to(gl.bfloat16))
-    fence_async_shared()
-    M = warpgroup_mma(k_s.permute((1, 0)), u_s, M, is_async=True)
-    M = warpgroup_mma_wait(0, deps=[M])
+    # S is loaded twice, for the sake of registers
+    M = beta * load_matrix(state.M, pid, tile, SQUARE) + f * load_matrix(state.S, pid, tile, SQUARE)
+    M = plus(M, state.u_chain, G, k_s, u_s, pid, t, tile, ROWS)
     store_matrix(state.M, M, pid, tile, SQUARE)
     store_matrix(state.anchor, M, pid, tile, SQUARE)
     store_matrix(state.A, M, pid, tile, SQUARE)
     store_matrix(state.M0, M, pid, tile, SQUARE)
-    S = m * S
-    n = gl.expand_dims(gl.convert_layout(n, gl.SliceLayout(1, ROWS)), 1)
-    u_s.store((n * -2 * u).to(gl.bfloat16))
-    fence_async_shared()
-    S = warpgroup_mma(k_s.permute((1, 0)), u_s, S, is_async=True)
-    S = warpgroup_mma_wait(0, deps=[S])
+    S = m * load_matrix(state.S, pid, tile, SQUARE)
+    S = plus(S, state.u_chain, n, k_s, u_s, pid, t, tile, ROWS)
     store_matrix(state.S, S, pid, tile, SQUARE)
     store_matrix(state.S0, S, pid, tile, SQUARE)
     nothing = Decay(1.0, 0.0, 1.0, 0.0, 0.0)
@@ -253,12 +250,22 @@ def hopper_decode_kernel(
     query_s = gl.allocate_shared_memory(gl.bfloat16, [8, BD], TILE)
     weights_s = gl.allocate_shared_memory(gl.bfloat16, [8, 64], TILE)
     y_s = gl.allocate_shared_memory(gl.float32, [BD], VECTOR)
+    w_s = gl.allocate_shared_memory(gl.float32, [BD], VECTOR)
+    b_s = gl.allocate_shared_memory(gl.float32, [BD], VECTOR)
+    target_s = gl.allocate_shared_memory(gl.float32, [BD], VECTOR)
     place = place_of(state.place, 64, tile)
     pid, t = place.pid, place.t
     h = gl.program_id(0) % H
+    copy_square(S0_s, state.S0, pid, tile, ROWS)
+    k_row = load_vector(k_ptr, pid, 0, BD, tile, READ)
+    target = load_vector(v_ptr, pid, 0, BD, tile, READ)
+    if tile.NORM:
+        target -= k_row
+        w_s.store(load_vector(affine.w, h, 0, BD, tile, READ))
+        b_s.store(load_vector(affine.b, h, 0, BD, tile, READ))
+    target_s.store(target)
     # the anchor, which mostly is M0
     copy_square(M0_s, gl.where(place.own > 0, state.M0, state.A), pid, tile, ROWS)
-    copy_square(S0_s, state.S0, pid, tile, ROWS)
     at, mask = rows_of(state.keys + pid * 64 * tile.D, k_ptr + pid * tile.D, t, tile, ROWS)
     async_copy.async_copy_global_to_shared(k_s, at, mask=mask)
     async_copy.commit_group()
@@ -298,7 +305,9 @@ def hopper_decode_kernel(
         meet()
     y = near_one(whole.beta, whole.log_beta) * times(M0_s, query_s, zero, False)
     y += whole.f * times(S0_s, query_s, zero, False)
-    scores = warpgroup_mma(k_s, query_s.permute((1, 0)), gl.zeros([64, 8], gl.float32, COLUMN), use_acc=False, is_async=True)
+    scores = warpgroup_mma(
+        k_s, query_s.permute((1, 0)), gl.zeros([64, 8], gl.float32, COLUMN), use_acc=False, is_async=True
+    )
     scores = warpgroup_mma_wait(0, deps=[scores])
     scores = gl.where(gl.expand_dims(offs_j <= t, 1), scores, 0.0)
     weights = gl.expand_dims(-2 * G, 1) * scores
@@ -306,20 +315,20 @@ def hopper_decode_kernel(
 
     row = pid * 64 + t
     if tile.BD > 64:
-        r = learn_wide(y_s, k_ptr, v_ptr, affine, state.u_chain, row, pid, h, eps, tile)
+        r = learn_wide(y_s, w_s, b_s, target_s, state.u_chain, row, eps, tile)
     else:
-        r = learn_narrow(y_s, k_ptr, v_ptr, affine, state.u_chain, row, pid, h, eps, tile)
-    u_row = read_u(y_s, k_ptr, v_ptr, affine, pid, h, r, tile, READ).to(gl.bfloat16)
+        r = learn_narrow(y_s, w_s, b_s, target_s, state.u_chain, row, eps, tile)
+    u_row = read_u(y_s, w_s, b_s, target_s, r, tile, READ).to(gl.bfloat16)
     u_s.store(gl.where(offs_t == t, gl.expand_dims(u_row, 0), u))
     fence_async_shared()
     meet()
     y_s.store(first(times(u_s, weights_s, y, True)))
-    read_out(y_s, affine, o_ptr, pid, h, eps, tile, OUT)
+    read_out(y_s, w_s, b_s, o_ptr, pid, eps, tile, OUT)
 
     # in place: after every thread has loaded what was there
     meet()
     store_vector(state.u, row, u_row, 0, tile, READ)
-    store_vector(state.keys, row, load_vector(k_ptr, pid, 0, BD, tile, READ), 0, tile, READ)
+    store_vector(state.keys, row, k_row, 0, tile, READ)
     ends_block = place.position + 1 >= 64
     gl.store(state.place + pid * 3, gl.where(ends_block, 0, place.position - t))
     gl.store(state.place + pid * 3 + 1, gl.where(ends_block, 0, t + 1))
@@ -335,13 +344,14 @@ def hopper_decode_kernel(
 
 @functools.cache
 def options(BD: int) -> dict[str, Any]:
-    """Constants of the kernel that depend on the width of its tiles."""
+    """Constants of the kernel that depend on the width of its tiles; with narrow ones four programs share registers."""
     return {
         "ROWS": gl.BlockedLayout([1, 8], [256 // BD, BD // 8], [4, 1], [1, 0]),
         "ROW8": gl.BlockedLayout([1, BD // 16], [2, 16], [4, 1], [1, 0]),
         "OUT": gl.SliceLayout(0, product([4, 1], BD)),
         "SQUARE": product([4, 1], BD),
         "num_warps": 4,
+        **({"maxnreg": 128} if BD == 64 else {}),
     }
 
 
