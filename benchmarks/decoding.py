@@ -49,8 +49,8 @@ def tokens(x: Inputs) -> list[tuple[Tensor, ...]]:
 
 def step(x: Inputs, token: tuple[Tensor, ...], state: Any, **options: Any) -> Any:
     """Decode a token."""
-    q, k, v, *gates = token
-    return titans_linear_step(q, k, v, x.w, x.b, *gates, state, chunk_size=C, backend="triton", **options)
+    q, k, v, theta, alpha, eta = token
+    return titans_linear_step(q, k, v, x.w, x.b, theta, alpha, eta, state, chunk_size=C, backend="triton", **options)
 
 
 def same_bits(x: Inputs) -> bool:

@@ -127,12 +127,12 @@ def implementation(backend: str, device: str) -> Implementation:
         "chunk": shaped,
         # The exponential of a sum of logs is not the exact product.
         "log": shaped | {"exact"},
-        # Its interpreter takes bfloat16 for something else, and its time, and has one grid for all threads. Compiled, it
-        # decodes with the bits of one call for some widths only, which tests/titans/test_gpu.py names.
+        # Its interpreter takes bfloat16 for something else, and its time, and has one grid for all threads. Compiled,
+        # it decodes with the bits of one call for some widths only, which tests/titans/test_gpu.py names.
         "triton": {"float64"} | ({"decode_bits"} if device == "cuda" else {"bfloat16", "large", "threads"}),
     }
     # A state of the definition is enough for the definition.
-    carries = {"decoding": titans.DecodeState.begin, "decoded": functools.partial(_settled, backend)}
+    carries: dict[str, Any] = {"decoding": titans.DecodeState.begin, "decoded": functools.partial(_settled, backend)}
     grids: dict[str, Grid] = {"triton": titans.grid, "recurrent": every_token}
     if (backend, device) == ("triton", "cpu"):
         patch_once()
