@@ -41,19 +41,20 @@ def rows_of(x_ptr, new_ptr, t, tile: gl.constexpr, ROWS: gl.constexpr):
 
 @gluon.jit
 def copy_square(square_s, x_ptr, pid, tile: gl.constexpr, ROWS: gl.constexpr):
-    """Start copying a D x D matrix, zero outside, 16 rows at a time."""
-    offs_i, offs_j = grid_of(16, tile.BD, ROWS)
+    """Start copying a D x D matrix, zero outside."""
+    offs_i, offs_j = grid_of(tile.BD, tile.BD, ROWS)
     at = x_ptr + pid * tile.D * tile.D + offs_i * tile.D + offs_j
-    for i in gl.static_range(0, tile.BD, 16):
-        mask = (offs_i + i < tile.D) & (offs_j < tile.D)
-        async_copy.async_copy_global_to_shared(square_s.slice(i, 16), at + i * tile.D, mask=mask)
+    if tile.D == tile.BD:
+        async_copy.async_copy_global_to_shared(square_s, at)
+    else:
+        async_copy.async_copy_global_to_shared(square_s, at, mask=(offs_i < tile.D) & (offs_j < tile.D))
 
 
 @gluon.jit
-def keep_column(column_s, x_ptr, pid, tile: gl.constexpr, ROW8: gl.constexpr):
-    """Put a token in the first of 8 rows in shared memory."""
+def load_column(x_ptr, pid, tile: gl.constexpr, ROW8: gl.constexpr):
+    """A token as the first of 8 rows, the others zero."""
     offs_t, offs_d = grid_of(8, tile.BD, ROW8)
-    column_s.store(gl.load(x_ptr + pid * tile.D + offs_d + offs_t, mask=(offs_t == 0) & (offs_d < tile.D), other=0))
+    return gl.load(x_ptr + pid * tile.D + offs_d + offs_t, mask=(offs_t == 0) & (offs_d < tile.D), other=0)
 
 
 @gluon.jit
@@ -96,32 +97,27 @@ def less(x, mean_x, first_: gl.constexpr, tile: gl.constexpr, LAYOUT: gl.constex
 
 @gluon.jit
 def residual(x, w_s, b_s, target_s):
-    """e of (2) in up to 64 columns, in the order of the chain; and u of the plain memory."""
+    """e of (2) in up to 64 columns, in the order of the chain."""
     w = w_s.load(CHAIN)
     return (x * w + (b_s.load(CHAIN) - target_s.load(CHAIN))) * w
 
 
 @gluon.jit
-def learn_narrow(y_s, w_s, b_s, target_s, u_ptr, at, eps, tile: gl.constexpr):
-    """Eq. (2) of a token from k A, up to 64 columns: stores u as the chain has it, x replaces k A; r."""
+def learn_narrow(y_s, eps, tile: gl.constexpr):
+    """x and r of (2) from k A, up to 64 columns; x replaces k A."""
     y = y_s.load(CHAIN)
     if tile.NORM:
         centred = less(y, gl.sum(y, 0) / tile.D, 0, tile, CHAIN)
         r = gl.rsqrt(gl.sum(centred * centred, 0) / tile.D + eps)
         x = centred * r
-        e = residual(x, w_s, b_s, target_s)
-        mean_e, c = gl.sum(e, 0) / tile.D, gl.sum(e * x, 0) / tile.D
-        u = r * (less(e, mean_e, 0, tile, CHAIN) - x * c)
         y_s.store(x)
     else:
-        r = 1.0
-        u = y - target_s.load(CHAIN)
-    store_vector(u_ptr, at, u, 0, tile, CHAIN)
-    return r
+        x, r = y, 1.0
+    return x, r
 
 
 @gluon.jit
-def learn_wide(y_s, w_s, b_s, target_s, u_ptr, at, eps, tile: gl.constexpr):
+def learn_wide(y_s, eps, tile: gl.constexpr):
     """`learn_narrow` of two halves, of 64 columns each."""
     y0, y1 = y_s.slice(0, 64).load(CHAIN), y_s.slice(64, 64).load(CHAIN)
     if tile.NORM:
@@ -129,21 +125,40 @@ def learn_wide(y_s, w_s, b_s, target_s, u_ptr, at, eps, tile: gl.constexpr):
         y0, y1 = less(y0, mean_y, 0, tile, CHAIN), less(y1, mean_y, 64, tile, CHAIN)
         r = gl.rsqrt((gl.sum(y0 * y0, 0) + gl.sum(y1 * y1, 0)) / tile.D + eps)
         x0, x1 = y0 * r, y1 * r
+        y_s.slice(0, 64).store(x0)
+        y_s.slice(64, 64).store(x1)
+    else:
+        x0, x1, r = y0, y1, 1.0
+    return x0, x1, r
+
+
+@gluon.jit
+def keep_narrow(x, r, w_s, b_s, target_s, u_ptr, at, tile: gl.constexpr):
+    """Store u of (2) as the chain has it, up to 64 columns."""
+    if tile.NORM:
+        e = residual(x, w_s, b_s, target_s)
+        mean_e, c = gl.sum(e, 0) / tile.D, gl.sum(e * x, 0) / tile.D
+        u = r * (less(e, mean_e, 0, tile, CHAIN) - x * c)
+    else:
+        u = x - target_s.load(CHAIN)
+    store_vector(u_ptr, at, u, 0, tile, CHAIN)
+
+
+@gluon.jit
+def keep_wide(x0, x1, r, w_s, b_s, target_s, u_ptr, at, tile: gl.constexpr):
+    """`keep_narrow` of two halves, of 64 columns each."""
+    if tile.NORM:
         e0 = residual(x0, w_s.slice(0, 64), b_s.slice(0, 64), target_s.slice(0, 64))
         e1 = residual(x1, w_s.slice(64, 64), b_s.slice(64, 64), target_s.slice(64, 64))
         mean_e = (gl.sum(e0, 0) + gl.sum(e1, 0)) / tile.D
         c = (gl.sum(e0 * x0, 0) + gl.sum(e1 * x1, 0)) / tile.D
         u0 = r * (less(e0, mean_e, 0, tile, CHAIN) - x0 * c)
         u1 = r * (less(e1, mean_e, 64, tile, CHAIN) - x1 * c)
-        y_s.slice(0, 64).store(x0)
-        y_s.slice(64, 64).store(x1)
     else:
-        r = 1.0
-        u0 = y0 - target_s.slice(0, 64).load(CHAIN)
-        u1 = y1 - target_s.slice(64, 64).load(CHAIN)
+        u0 = x0 - target_s.slice(0, 64).load(CHAIN)
+        u1 = x1 - target_s.slice(64, 64).load(CHAIN)
     store_vector(u_ptr, at, u0, 0, tile, CHAIN)
     store_vector(u_ptr, at, u1, 64, tile, CHAIN)
-    return r
 
 
 @gluon.jit
@@ -256,25 +271,14 @@ def hopper_decode_kernel(
     place = place_of(state.place, 64, tile)
     pid, t = place.pid, place.t
     h = gl.program_id(0) % H
+    # all that is loaded, before anything is waited for; first what does not depend on the place
+    copy_square(M0_s, state.M0, pid, tile, ROWS)
     copy_square(S0_s, state.S0, pid, tile, ROWS)
     k_row = load_vector(k_ptr, pid, 0, BD, tile, READ)
     target = load_vector(v_ptr, pid, 0, BD, tile, READ)
+    key, query = load_column(k_ptr, pid, tile, ROW8), load_column(q_ptr, pid, tile, ROW8)
     if tile.NORM:
-        target -= k_row
-        w_s.store(load_vector(affine.w, h, 0, BD, tile, READ))
-        b_s.store(load_vector(affine.b, h, 0, BD, tile, READ))
-    target_s.store(target)
-    # the anchor, which mostly is M0
-    copy_square(M0_s, gl.where(place.own > 0, state.M0, state.A), pid, tile, ROWS)
-    at, mask = rows_of(state.keys + pid * 64 * tile.D, k_ptr + pid * tile.D, t, tile, ROWS)
-    async_copy.async_copy_global_to_shared(k_s, at, mask=mask)
-    async_copy.commit_group()
-    offs_t, offs_d = grid_of(64, BD, ROWS)
-    u_at = state.u + (pid * 64 + offs_t) * tile.D + offs_d
-    u = gl.load(u_at, mask=(offs_t < t) & (offs_d < tile.D), other=0)
-    keep_column(key_s, k_ptr, pid, tile, ROW8)
-    keep_column(query_s, q_ptr, pid, tile, ROW8)
-
+        w, b = load_vector(affine.w, h, 0, BD, tile, READ), load_vector(affine.b, h, 0, BD, tile, READ)
     alpha, eta = gl.load(alpha_ptr + pid), gl.load(eta_ptr + pid)
     if tile.LOG:
         log_a, log_eta = alpha.to(gl.float32), eta.to(gl.float32)
@@ -282,6 +286,12 @@ def hopper_decode_kernel(
         log_a, log_eta = float("-inf"), float("-inf")
     theta, a, eta = linear_gates(gl.load(theta_ptr + pid), alpha, eta, tile)
     offs_j = gl.arange(0, 64, layout=DOWN)
+    at, mask = rows_of(state.keys + pid * 64 * tile.D, k_ptr + pid * tile.D, t, tile, ROWS)
+    async_copy.async_copy_global_to_shared(k_s, at, mask=mask)
+    async_copy.commit_group()
+    offs_t, offs_d = grid_of(64, BD, ROWS)
+    u_at = state.u + (pid * 64 + offs_t) * tile.D + offs_d
+    u = gl.load(u_at, mask=(offs_t < t) & (offs_d < tile.D), other=0)
     weights_ptr = state.weights + pid * 128 + offs_j
     n = gl.load(weights_ptr, mask=offs_j < t, other=0.0)
     G = gl.load(weights_ptr + 64, mask=offs_j < t, other=0.0)
@@ -290,39 +300,52 @@ def hopper_decode_kernel(
     whole = decayed(load_decay(state.decay, pid * 2), a, eta, log_a, log_eta)
     chunk = decayed(load_decay(state.decay, pid * 2 + 1), a, eta, log_a, log_eta)
 
+    if tile.NORM:
+        target -= k_row
+        w_s.store(w)
+        b_s.store(b)
+    target_s.store(target)
+    key_s.store(key)
+    query_s.store(query)
     async_copy.wait_group(0)
     fence_async_shared()
     meet()
     zero = gl.zeros([BD, 8], gl.float32, COLUMN)
-    y_s.store(first(times(M0_s, key_s, zero, False)))
+    y = near_one(whole.beta, whole.log_beta) * times(M0_s, query_s, zero, False)
+    y += whole.f * times(S0_s, query_s, zero, False)
     if place.own == 0:
-        # the anchor has been used
+        # the anchor takes the place of M0
         meet()
-        copy_square(M0_s, state.M0, pid, tile, ROWS)
+        copy_square(M0_s, state.A, pid, tile, ROWS)
         async_copy.commit_group()
         async_copy.wait_group(0)
         fence_async_shared()
         meet()
-    y = near_one(whole.beta, whole.log_beta) * times(M0_s, query_s, zero, False)
-    y += whole.f * times(S0_s, query_s, zero, False)
-    scores = warpgroup_mma(
-        k_s, query_s.permute((1, 0)), gl.zeros([64, 8], gl.float32, COLUMN), use_acc=False, is_async=True
-    )
+    y_s.store(first(times(M0_s, key_s, zero, False)))
+    scores = gl.zeros([64, 8], gl.float32, COLUMN)
+    scores = warpgroup_mma(k_s, query_s.permute((1, 0)), scores, use_acc=False, is_async=True)
     scores = warpgroup_mma_wait(0, deps=[scores])
     scores = gl.where(gl.expand_dims(offs_j <= t, 1), scores, 0.0)
     weights = gl.expand_dims(-2 * G, 1) * scores
     weights_s.store(gl.permute(weights.to(gl.bfloat16), (1, 0)))
 
     row = pid * 64 + t
-    if tile.BD > 64:
-        r = learn_wide(y_s, w_s, b_s, target_s, state.u_chain, row, eps, tile)
+    if BD > 64:
+        x0, x1, r = learn_wide(y_s, eps, tile)
     else:
-        r = learn_narrow(y_s, w_s, b_s, target_s, state.u_chain, row, eps, tile)
+        x, r = learn_narrow(y_s, eps, tile)
     u_row = read_u(y_s, w_s, b_s, target_s, r, tile, READ).to(gl.bfloat16)
     u_s.store(gl.where(offs_t == t, gl.expand_dims(u_row, 0), u))
     fence_async_shared()
     meet()
-    y_s.store(first(times(u_s, weights_s, y, True)))
+    y = warpgroup_mma(u_s.permute((1, 0)), weights_s.permute((1, 0)), y, is_async=True)
+    # beside the product: what no output waits for
+    if BD > 64:
+        keep_wide(x0, x1, r, w_s, b_s, target_s, state.u_chain, row, tile)
+    else:
+        keep_narrow(x, r, w_s, b_s, target_s, state.u_chain, row, tile)
+    y = warpgroup_mma_wait(0, deps=[y])
+    y_s.store(first(y))
     read_out(y_s, w_s, b_s, o_ptr, pid, eps, tile, OUT)
 
     # in place: after every thread has loaded what was there
