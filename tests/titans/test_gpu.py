@@ -420,19 +420,14 @@ def test_a_replayed_graph_decodes_with_the_eager_bits() -> None:
     assert same([*state], [*eager])
 
 
-# what is claimed: in bfloat16 wide heads only of the chunks that have a kernel of their own, on the GPUs that have it
+# what is claimed: not for wide heads in bfloat16, nor for the chunks that have a kernel of their own on a Hopper GPU
 DECODED = [
     *(Case(dtype, D, C, B=5, T=70, H=3) for dtype in (FP32, FP16) for D in (64, 128) for C in (16, 64, 200)),
-    *(Case(BF16, 64, C, B=5, T=150, H=3) for C in (16, 64, 200)),
+    *(Case(BF16, 64, C, B=5, T=150, H=3) for C in (16, 200)),
 ]
-HOPPER_DECODED = [Case(BF16, D, 64, B=5, T=150, H=3) for D in (40, 72, 96, 128)]
-HOPPER_ONLY = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
-)
 DECODED_CASES = [
-    pytest.param(replace(case, plain=plain, log_gates=plain, resumed=True), id=f"{case}-{plain}", marks=marks)
-    for cases, marks in ((DECODED, ()), (HOPPER_DECODED, HOPPER_ONLY))
-    for case in cases
+    pytest.param(replace(case, plain=plain, log_gates=plain, resumed=True), id=f"{case}-{plain}")
+    for case in DECODED
     for plain in (False, True)
 ]
 
@@ -455,6 +450,23 @@ def test_decoding_gives_the_bits_of_one_call(case: Case) -> None:
             assert torch.equal(o_t, o[:, t]), t
     assert final is not None
     assert same([*state.state()], [*final])
+
+
+@pytest.mark.parametrize("D", [40, 64, 72, 128])
+def test_decoding_is_one_call_but_for_roundings(D: int) -> None:
+    """Where coefficients are made in another order. The errors of the outputs do not grow along so few tokens."""
+    case = Case(BF16, D, 64, B=5, T=150, H=3, resumed=True)
+    call = case.call()
+    start = TitansState(*call[8:12], chunk_size=case.C)
+    with torch.no_grad():
+        o, _ = chunk_titans_linear(*call[:8], chunk_size=case.C, initial_state=start, backend="triton")
+        state = DecodeState.begin(start, case.dtype)
+        for t in range(case.T):
+            q, k, v, theta, alpha, eta = (x[:, t] for x in (*call[:3], *call[5:8]))
+            o_t, _ = titans_linear_step(
+                q, k, v, call.w, call.b, theta, alpha, eta, state, chunk_size=case.C, backend="triton", in_place=True
+            )
+            assert (o_t - o[:, t]).float().norm() <= torch.finfo(BF16).eps * o[:, t].float().norm(), t
 
 
 def test_a_replayed_graph_moves_a_decode_state() -> None:

@@ -145,7 +145,7 @@ def run(module: Any, call: Call, state: DecodeState) -> Tensor:
     )
     for pid in range(call.q.shape[0] * H):
         gluon.current[:] = [gluon.Program(pid, 0)]
-        arguments = (*map(pointers, tensors), H, call.eps, _tile(call), *[None] * 4)
+        arguments = (*map(pointers, tensors), H, call.eps, _tile(call), *[None] * 3)
         gluon.current[0].run([(module.hopper_decode_kernel, arguments)])
     assert o.shape[-1] == D
     return o

@@ -131,43 +131,6 @@ def only_row(x):
 
 
 @triton.jit
-def halves_mean(x, tile: tl.constexpr):
-    """`mean` in the order of the Hopper kernels, whose two warpgroups add up a half of the columns each."""
-    halves = tl.sum(tl.reshape(x, (x.shape[0], 2, tile.BD // 2)), 2)
-    return (tl.sum(halves, 1) / tile.D)[:, None]
-
-
-@triton.jit
-def hopper_mean(x, tile: tl.constexpr):
-    """`mean` in the order of the Hopper kernels."""
-    if tile.BD > 64:
-        result = halves_mean(x, tile)
-    else:
-        result = (tl.sum(x, 1) / tile.D)[:, None]
-    return result
-
-
-@triton.jit
-def hopper_less_mean(x, mean_x, tile: tl.constexpr):
-    """`less_mean`."""
-    centred = x - mean_x
-    if tile.D < tile.BD:
-        centred = tl.where(tl.arange(0, tile.BD)[None, :] < tile.D, centred, 0.0)
-    return centred
-
-
-@triton.jit
-def hopper_inner(y, target, w, b, eps, tile: tl.constexpr):
-    """`inner_gradient` of `titans.kernels.hopper.state`: the same operations in the same order."""
-    centred = hopper_less_mean(y, hopper_mean(y, tile), tile)
-    r = tl.rsqrt(hopper_mean(centred * centred, tile) + eps)
-    x = centred * r
-    e = (x * w + (b - target)) * w
-    mean_e, c = hopper_mean(e, tile), hopper_mean(e * x, tile)
-    return x, r, r * (hopper_less_mean(e, mean_e, tile) - x * c)
-
-
-@triton.jit
 def load_light(x_ptr, index, tile: tl.constexpr):
     """`load_width`, if wide by halves.
 
@@ -186,18 +149,15 @@ def load_light(x_ptr, index, tile: tl.constexpr):
 
 
 @triton.jit
-def learn_token(k_ptr, v_ptr, A, w, b, eps, token, tile: tl.constexpr, HOPPER: tl.constexpr):
+def learn_token(k_ptr, v_ptr, A, w, b, eps, token, tile: tl.constexpr):
     """Eq. (2) of a token, as the chain computes it: x, r and u."""
     k = load_rows(k_ptr, token, tile.BS, tile, tile.OP)
     y = only_row(tl.dot(k, A, input_precision=tile.PREC))
     target = load_light(v_ptr, token.row, tile)
     if tile.NORM:
         target -= load_light(k_ptr, token.row, tile)
-        if HOPPER:
-            x, r, u = hopper_inner(y, target, w, b, eps, tile)
-        else:
-            x, r = norm(y, eps, tile)
-            u, _, _ = inner_gradient(x, r, target, w, b, tile)
+        x, r = norm(y, eps, tile)
+        u, _, _ = inner_gradient(x, r, target, w, b, tile)
     else:
         x, r, u = y, tl.zeros((1, 1), tl.float32), y - target
     return x, r, u
@@ -332,7 +292,7 @@ def decode_kernel(
     theta_ptr, alpha_ptr, eta_ptr,  # (N, H)
     state,  # in and out
     o_ptr,  # out: (N, H, D)
-    H, C, eps, tile: tl.constexpr, HOPPER: tl.constexpr,
+    H, C, eps, tile: tl.constexpr,
 ):  # fmt: skip
     """Eq. (2), (7), (11) and (5) of one token of each sequence; (9) and (10) where it completes a step of the chain.
 
@@ -351,7 +311,7 @@ def decode_kernel(
     # a region of its own: the compiler lays out the products of a region alike, here as in the chain
     x, r, u_chain = tl.zeros((1, tile.BD), tl.float32), tl.zeros((1, 1), tl.float32), tl.zeros((1, tile.BD), tl.float32)
     if t >= 0:
-        x, r, u_chain = learn_token(k_ptr, v_ptr, A, w, b, eps, token, tile, HOPPER)
+        x, r, u_chain = learn_token(k_ptr, v_ptr, A, w, b, eps, token, tile)
     u_row = read_u(k_ptr, v_ptr, x.to(tile.OP).to(tl.float32), r, w, b, token, tile)
     k_row = load_width(k_ptr, pid, tile)
     keep_token(state, place, k_row, u_row, u_chain, n, G, whole, chunk, tile)
@@ -394,7 +354,7 @@ def settle_kernel(
 
 
 def _tile(call: Call) -> Tile:
-    return tile_of(call._replace(offset=None), layout_of(call, block_rows(call.q)))
+    return tile_of(call._replace(offset=None), layout_of(call, block_rows(call.q)), call.log_gates)
 
 
 def _warps(call: Call) -> int:
@@ -406,7 +366,7 @@ def decode(call: Call, state: DecodeState) -> Tensor:
     """Decode the only token of every sequence: o; moves the state, in place."""
     N, _, H, _ = call.q.shape
     o = torch.empty_like(call.q)
-    if N * H and hopper.stages_of(call).state:
+    if N * H and hopper.stages_of(call).forward:
         # Gluon is experimental: it is imported where it is used
         from titans.kernels.hopper.decode import launch_decode
 
@@ -426,10 +386,9 @@ def decode(call: Call, state: DecodeState) -> Tensor:
             C=call.chunk_size,
             eps=call.eps,
             tile=_tile(call),
-            HOPPER=hopper.stages_of(call).state,
             num_warps=_warps(call),
             num_stages=1,
-            enable_fp_fusion=fused(call),
+            enable_fp_fusion=fused(call.q.dtype),
         )
     return o
 
@@ -446,6 +405,6 @@ def settle(call: Call, state: DecodeState) -> tuple[Tensor, Tensor]:
             tile=_tile(call),
             num_warps=8,
             num_stages=1,
-            enable_fp_fusion=fused(call),
+            enable_fp_fusion=fused(call.q.dtype),
         )
     return final.M, final.S

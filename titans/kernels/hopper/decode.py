@@ -2,8 +2,8 @@
 
 A product with a single row would fill a sixty-fourth of a tensor core's tile. Here the state is the left operand and
 the token a column of the right one, which has 8: y^T = M^T q^T. Every element is the same sum in the same order. Sums
-along a row are taken in the layouts of the kernels whose bits they must have: CHAIN is that of the chain, OUT that of
-the outputs, and READ that of the rows that `output_kernel` loads.
+along a row are taken in the layout of the forward, CHAIN. So what differs from one call is that coefficients are made
+token by token, and there by scans: a rounding or two of each.
 """
 
 from __future__ import annotations
@@ -103,21 +103,24 @@ def residual(x, w_s, b_s, target_s):
 
 
 @gluon.jit
-def learn_narrow(y_s, eps, tile: gl.constexpr):
-    """x and r of (2) from k A, up to 64 columns; x replaces k A."""
+def learn_narrow(y_s, w_s, b_s, target_s, u_ptr, at, eps, tile: gl.constexpr):
+    """Eq. (2) of a token from k A, up to 64 columns: stores u, which takes the place of k A."""
     y = y_s.load(CHAIN)
     if tile.NORM:
         centred = less(y, gl.sum(y, 0) / tile.D, 0, tile, CHAIN)
         r = gl.rsqrt(gl.sum(centred * centred, 0) / tile.D + eps)
         x = centred * r
-        y_s.store(x)
+        e = residual(x, w_s, b_s, target_s)
+        mean_e, c = gl.sum(e, 0) / tile.D, gl.sum(e * x, 0) / tile.D
+        u = r * (less(e, mean_e, 0, tile, CHAIN) - x * c)
     else:
-        x, r = y, 1.0
-    return x, r
+        u = y - target_s.load(CHAIN)
+    y_s.store(u)
+    store_vector(u_ptr, at, u, 0, tile, CHAIN)
 
 
 @gluon.jit
-def learn_wide(y_s, eps, tile: gl.constexpr):
+def learn_wide(y_s, w_s, b_s, target_s, u_ptr, at, eps, tile: gl.constexpr):
     """`learn_narrow` of two halves, of 64 columns each."""
     y0, y1 = y_s.slice(0, 64).load(CHAIN), y_s.slice(64, 64).load(CHAIN)
     if tile.NORM:
@@ -125,29 +128,6 @@ def learn_wide(y_s, eps, tile: gl.constexpr):
         y0, y1 = less(y0, mean_y, 0, tile, CHAIN), less(y1, mean_y, 64, tile, CHAIN)
         r = gl.rsqrt((gl.sum(y0 * y0, 0) + gl.sum(y1 * y1, 0)) / tile.D + eps)
         x0, x1 = y0 * r, y1 * r
-        y_s.slice(0, 64).store(x0)
-        y_s.slice(64, 64).store(x1)
-    else:
-        x0, x1, r = y0, y1, 1.0
-    return x0, x1, r
-
-
-@gluon.jit
-def keep_narrow(x, r, w_s, b_s, target_s, u_ptr, at, tile: gl.constexpr):
-    """Store u of (2) as the chain has it, up to 64 columns."""
-    if tile.NORM:
-        e = residual(x, w_s, b_s, target_s)
-        mean_e, c = gl.sum(e, 0) / tile.D, gl.sum(e * x, 0) / tile.D
-        u = r * (less(e, mean_e, 0, tile, CHAIN) - x * c)
-    else:
-        u = x - target_s.load(CHAIN)
-    store_vector(u_ptr, at, u, 0, tile, CHAIN)
-
-
-@gluon.jit
-def keep_wide(x0, x1, r, w_s, b_s, target_s, u_ptr, at, tile: gl.constexpr):
-    """`keep_narrow` of two halves, of 64 columns each."""
-    if tile.NORM:
         e0 = residual(x0, w_s.slice(0, 64), b_s.slice(0, 64), target_s.slice(0, 64))
         e1 = residual(x1, w_s.slice(64, 64), b_s.slice(64, 64), target_s.slice(64, 64))
         mean_e = (gl.sum(e0, 0) + gl.sum(e1, 0)) / tile.D
@@ -155,36 +135,37 @@ def keep_wide(x0, x1, r, w_s, b_s, target_s, u_ptr, at, tile: gl.constexpr):
         u0 = r * (less(e0, mean_e, 0, tile, CHAIN) - x0 * c)
         u1 = r * (less(e1, mean_e, 64, tile, CHAIN) - x1 * c)
     else:
-        u0 = x0 - target_s.slice(0, 64).load(CHAIN)
-        u1 = x1 - target_s.slice(64, 64).load(CHAIN)
+        u0 = y0 - target_s.slice(0, 64).load(CHAIN)
+        u1 = y1 - target_s.slice(64, 64).load(CHAIN)
+    y_s.slice(0, 64).store(u0)
+    y_s.slice(64, 64).store(u1)
     store_vector(u_ptr, at, u0, 0, tile, CHAIN)
     store_vector(u_ptr, at, u1, 64, tile, CHAIN)
 
 
 @gluon.jit
-def read_u(y_s, w_s, b_s, target_s, r, tile: gl.constexpr, READ: gl.constexpr):
-    """u of a token as `output_kernel` computes it from the x that is stored, (BD,)."""
-    x = y_s.load(READ).to(gl.bfloat16).to(gl.float32)
-    target = target_s.load(READ)
+def read_narrow(y_s, w_s, b_s, o_ptr, pid, eps, tile: gl.constexpr):
+    """Eq. (5) from q M, up to 64 columns."""
+    y = y_s.load(CHAIN)
     if tile.NORM:
-        w = w_s.load(READ)
-        e = (x * w + b_s.load(READ) - target) * w
-        mean_e, c = gl.sum(e, 0) / tile.D, gl.sum(e * x, 0) / tile.D
-        u = r * (less(e, mean_e, 0, tile, READ) - x * c)
-    else:
-        u = x - target
-    return u
+        centred = less(y, gl.sum(y, 0) / tile.D, 0, tile, CHAIN)
+        r = gl.rsqrt(gl.sum(centred * centred, 0) / tile.D + eps)
+        y += centred * r * w_s.load(CHAIN) + b_s.load(CHAIN)
+    store_vector(o_ptr, pid, y, 0, tile, CHAIN)
 
 
 @gluon.jit
-def read_out(y_s, w_s, b_s, o_ptr, pid, eps, tile: gl.constexpr, OUT: gl.constexpr):
-    """Eq. (5) from q M, as `output_kernel` computes it."""
-    y = y_s.load(OUT)
+def read_wide(y_s, w_s, b_s, o_ptr, pid, eps, tile: gl.constexpr):
+    """`read_narrow` of two halves, of 64 columns each."""
+    y0, y1 = y_s.slice(0, 64).load(CHAIN), y_s.slice(64, 64).load(CHAIN)
     if tile.NORM:
-        centred = less(y, gl.sum(y, 0) / tile.D, 0, tile, OUT)
-        r = gl.rsqrt(gl.sum(centred * centred, 0) / tile.D + eps)
-        y += centred * r * w_s.load(OUT) + b_s.load(OUT)
-    store_vector(o_ptr, pid, y, 0, tile, OUT)
+        mean_y = (gl.sum(y0, 0) + gl.sum(y1, 0)) / tile.D
+        c0, c1 = less(y0, mean_y, 0, tile, CHAIN), less(y1, mean_y, 64, tile, CHAIN)
+        r = gl.rsqrt((gl.sum(c0 * c0, 0) + gl.sum(c1 * c1, 0)) / tile.D + eps)
+        y0 += c0 * r * w_s.slice(0, 64).load(CHAIN) + b_s.slice(0, 64).load(CHAIN)
+        y1 += c1 * r * w_s.slice(64, 64).load(CHAIN) + b_s.slice(64, 64).load(CHAIN)
+    store_vector(o_ptr, pid, y0, 0, tile, CHAIN)
+    store_vector(o_ptr, pid, y1, 64, tile, CHAIN)
 
 
 @gluon.jit
@@ -247,7 +228,7 @@ def hopper_decode_kernel(
     state,  # in and out
     o_ptr,  # out: (N, H, D)
     H, eps, tile: gl.constexpr,
-    ROWS: gl.constexpr, ROW8: gl.constexpr, OUT: gl.constexpr, SQUARE: gl.constexpr,
+    ROWS: gl.constexpr, ROW8: gl.constexpr, SQUARE: gl.constexpr,
 ):  # fmt: skip
     """Eq. (2), (7), (11), (5), (9) and (10), as `titans.kernels.decode.decode_kernel`, for chunks of 64 tokens.
 
@@ -331,22 +312,18 @@ def hopper_decode_kernel(
 
     row = pid * 64 + t
     if BD > 64:
-        x0, x1, r = learn_wide(y_s, eps, tile)
+        learn_wide(y_s, w_s, b_s, target_s, state.u_chain, row, eps, tile)
     else:
-        x, r = learn_narrow(y_s, eps, tile)
-    u_row = read_u(y_s, w_s, b_s, target_s, r, tile, READ).to(gl.bfloat16)
+        learn_narrow(y_s, w_s, b_s, target_s, state.u_chain, row, eps, tile)
+    u_row = y_s.load(READ).to(gl.bfloat16)
     u_s.store(gl.where(offs_t == t, gl.expand_dims(u_row, 0), u))
     fence_async_shared()
     meet()
-    y = warpgroup_mma(u_s.permute((1, 0)), weights_s.permute((1, 0)), y, is_async=True)
-    # beside the product: what no output waits for
+    y_s.store(first(times(u_s, weights_s, y, True)))
     if BD > 64:
-        keep_wide(x0, x1, r, w_s, b_s, target_s, state.u_chain, row, tile)
+        read_wide(y_s, w_s, b_s, o_ptr, pid, eps, tile)
     else:
-        keep_narrow(x, r, w_s, b_s, target_s, state.u_chain, row, tile)
-    y = warpgroup_mma_wait(0, deps=[y])
-    y_s.store(first(y))
-    read_out(y_s, w_s, b_s, o_ptr, pid, eps, tile, OUT)
+        read_narrow(y_s, w_s, b_s, o_ptr, pid, eps, tile)
 
     # in place: after every thread has loaded what was there
     meet()
@@ -371,7 +348,6 @@ def options(BD: int) -> dict[str, Any]:
     return {
         "ROWS": gl.BlockedLayout([1, 8], [256 // BD, BD // 8], [4, 1], [1, 0]),
         "ROW8": gl.BlockedLayout([1, BD // 16], [2, 16], [4, 1], [1, 0]),
-        "OUT": gl.SliceLayout(0, product([4, 1], BD)),
         "SQUARE": product([4, 1], BD),
         "num_warps": 4,
         **({"maxnreg": 128} if BD == 64 else {}),
