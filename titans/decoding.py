@@ -147,9 +147,10 @@ class DecodeState(DecodeFields):
         return self.to("cpu")
 
     def select(self, sequences: Any) -> DecodeState:
-        """The state of some sequences: `x[sequences]` of every field; a single number keeps the axis of sequences."""
+        """A copy of some sequences: `x[sequences]` of every field; a single number keeps the axis of sequences."""
         rows = slice(sequences, sequences + 1 or None) if isinstance(sequences, int) else sequences
-        return self._each(lambda x: x[rows])
+        # a slice would be a view, and a step of it in place would move this state as well
+        return self._each(lambda x: x[rows].clone())
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> DecodeState:
         return DecodeState(*map(function, self), chunk_size=self.chunk_size)

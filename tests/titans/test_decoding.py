@@ -221,6 +221,7 @@ def test_sequences_of_a_state_can_be_chosen_and_put_together() -> None:
     turned = {name: x.flip(0) if isinstance(x, Tensor) else x for name, x in given.items()}
     assert torch.equal(decoded(turned, state.select([1, 0]), range(3, 9))[0], o.flip(0))
     parts = [state.select(n) for n in (0, 1)]
+    assert not {x.data_ptr() for x in parts[0]} & {x.data_ptr() for x in state}
     again = DecodeState(*map(torch.cat, zip(*parts, strict=True)), chunk_size=5)
     assert torch.equal(decoded(given, again, range(3, 9))[0], o)
 
