@@ -31,6 +31,7 @@ class Variant:
     plain: bool = False
     packed: bool = False
     resumed: bool = False
+    log_gates: bool = False
 
 
 VARIANTS = [
@@ -38,7 +39,7 @@ VARIANTS = [
     for D in (64, 128)
     for plain in (False, True)
     for both in (False, True)
-] + [Variant(40), Variant(72)]
+] + [Variant(40), Variant(72), Variant(64, log_gates=True)]
 # of which narrow tiles have another form where there are many programs
 MANY = [Variant(64), Variant(64, plain=True, packed=True, resumed=True), Variant(40)]
 
@@ -52,7 +53,7 @@ def call_of(variant: Variant) -> Call:
     M, S, anchor = (torch.zeros(1, H, D, D) for _ in range(3))
     offset = torch.zeros(1, dtype=torch.int64) if variant.resumed else None
     cu_seqlens = torch.tensor([0, T]) if variant.packed else None
-    return Call(q, k, v, w, b, theta, alpha, eta, M, S, anchor, offset, cu_seqlens, 1e-6, C, False)
+    return Call(q, k, v, w, b, theta, alpha, eta, M, S, anchor, offset, cu_seqlens, 1e-6, C, variant.log_gates)
 
 
 def compiled(variant: Variant, many: bool) -> list[Any]:
@@ -93,6 +94,8 @@ def facts(variant: Variant, many: bool, kernel: Any) -> dict[str, Any]:
         "name": f"{kernel.name} {variant}",
         "D": variant.D,
         "many": many,
+        "log_gates": variant.log_gates,
+        "exponentials": len(re.findall(r"\bex2\.", ptx)),
         "shared": kernel.metadata.shared,
         "products": len(re.findall(r"ttng\.warp_group_dot ", kernel.asm["ttgir"])),
         "mma": sorted(set(re.findall(r"wgmma\.mma_async\S*\.f32\.(\w+\.\w+)", ptx))),

@@ -105,6 +105,23 @@ def test_integers_of_the_plain_memory_are_exact(D: int) -> None:
 
 
 @pytest.mark.parametrize("D", [64, 40, 128])
+def test_errors_of_log_gates_are_those_of_the_portable_kernels(D: int) -> None:
+    """Up to twice, against the same call in float64."""
+    *tokens, theta, alpha, eta, M = inputs(2, 1000, 4, D)
+    x = [*tokens, theta.log(), (1 - alpha).log(), eta.log(), M]
+    made = run(x, log_gates=True)
+    with patch.object(hopper, "choose", lambda *args, **options: hopper.Stages()):
+        portable = run(x, log_gates=True)
+    o, state = chunk_titans_linear(
+        *(t.double() for t in x[:-1]), chunk_size=C, initial_state=M.double(), output_final_state=True,
+        log_gates=True, backend="chunk",
+    )  # fmt: skip
+    assert state is not None
+    for value, same_form, exact in zip(made, portable, [o, *state[:3]], strict=True):
+        assert (value - exact).norm() <= 2 * (same_form - exact).norm()
+
+
+@pytest.mark.parametrize("D", [64, 40, 128])
 def test_what_is_not_finite_stays_in_its_sequence_and_head(D: int) -> None:
     x = inputs(1, 400, 2, D)
     options = {"cu_seqlens": torch.tensor([0, 100, 230, 400], dtype=torch.int32, device=DEVICE)}

@@ -16,7 +16,7 @@ from tests.titans.test_hopper_state import given as chain_given
 from titans import chunk
 from titans.arguments import Call
 from titans.kernels.hopper.ends import LINE, launch_ends
-from titans.kernels.tile import Affine, Saved, State, block_rows, tile_of, where_of
+from titans.kernels.tile import Affine, Saved, State, block_rows, gates_tile, tile_of, where_of
 from titans.partition import layout_of
 
 C, H = 64, 2
@@ -74,7 +74,7 @@ def run(
             gluon_interpreter.current[:] = [gluon_interpreter.Program(pid, order)]
             module.run_outputs(
                 torch.tensor(pid), engine, *map(gluon_interpreter.pointers, given), torch.tensor(T), torch.tensor(H),
-                call.eps, tile_of(call, layout), None, None, *sizes, None,
+                call.eps, tile_of(call, layout, call.log_gates), None, None, *sizes, None,
             )  # fmt: skip
     return o
 
@@ -214,7 +214,7 @@ def test_the_whole_forward_is_exact_for_integers(case: Case, places: int) -> Non
     call = call._replace(theta=call.theta / 2)
     layout = layout_of(call, block_rows(call.q))
     where, tile, D = where_of(call, layout), tile_of(call, layout), case.D
-    end, count = launch_ends(call, layout, where, tile, None)
+    end, count = launch_ends(call, layout, where, gates_tile(call, layout), None)
     squares = (torch.full((layout.slots, H, D, D), torch.nan, dtype=torch.bfloat16) for _ in range(2))
     saved = Saved(*squares, torch.full_like(call.q, torch.nan), torch.empty(0))
     final, o = State(*(torch.full_like(call.M, torch.nan) for _ in range(3))), torch.full_like(call.q, torch.nan)
@@ -240,7 +240,7 @@ def test_ends_of_the_chunks_are_the_last_rows(case: Case, log: bool) -> None:
     """Up to 2 C roundings, each to half a unit."""
     call = given(case, gates(normal(0), log), log_gates=log).call
     layout = layout_of(call, block_rows(call.q))
-    end, count = launch_ends(call, layout, where_of(call, layout), tile_of(call, layout), None)
+    end, count = launch_ends(call, layout, where_of(call, layout), gates_tile(call, layout), None)
     assert count[:, 0].tolist() == [0] * (len(call.M) * H + 1)
     for slot, B, rows in all_pieces(call):
         theta, alpha, eta = (g[B, rows].double().T for g in (call.theta, call.alpha, call.eta))

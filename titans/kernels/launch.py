@@ -244,7 +244,9 @@ def hopper_forward(plan: Plan, saved: Saved) -> tuple[Tensor, ...]:
     call, where, key = plan.call, plan.where, plan.key
     o, final = torch.empty_like(call.q), State(*(torch.empty_like(call.M) for _ in range(3)))
     step_end, count = launch_ends(call, plan.layout, where, plan.gate_tile, key)
-    launch_forward(call, where, plan.tile, step_end, count, saved, final, o, key)
+    # its outputs see the gates
+    tile = tile_of(call, plan.layout, log_gates=True) if call.log_gates else plan.tile
+    launch_forward(call, where, tile, step_end, count, saved, final, o, key)
     return o, *final
 
 
