@@ -50,7 +50,7 @@ def test_the_outputs_of_a_prefix_are_the_prefix_of_the_outputs(
     return same_bits({"o": whole["o"].flatten(0, 1)[index]}, {"o": part["o"].flatten(0, 1)})
 
 
-@law("5.18", problems=split(uncut(most=40, cells=50)), needs=["prefix_bits", "backward"], share=0.3, cheap=True)
+@law("5.18", problems=split(uncut(most=40, cells=50)), needs=["padding_bits", "backward"], share=0.3, cheap=True)
 def test_tokens_behind_the_loss_change_no_gradient(implementation: Implementation, problem: Problem) -> Found:
     problem = replace(real(implementation, problem), cotangent="o")
     inputs, do = problem.inputs(), problem.cotangents().o.flatten(0, 1)

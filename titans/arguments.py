@@ -135,12 +135,22 @@ class Call(NamedTuple):
         return self[_TENSORS:]  # type: ignore[return-value]
 
     def contiguous(self) -> Call:
-        """The call with contiguous tensors: results must not depend on strides, which choose the order of sums."""
-        return Call._make(x.contiguous() if isinstance(x, Tensor) else x for x in self)
+        """The call with dense tensors: see `dense`."""
+        return Call._make(dense(x) if isinstance(x, Tensor) else x for x in self)
 
 
 _DIFFERENTIABLE = Call._fields.index("offset")
 _TENSORS = Call._fields.index("eps")
+
+
+def dense(x: Tensor) -> Tensor:
+    """`x`, or a copy, contiguous and at a multiple of 16 bytes.
+
+    Results must depend on neither. Strides choose the order of a library's sums. The address chooses how a kernel loads
+    a tile, and so which threads add up a row of it.
+    """
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

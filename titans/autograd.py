@@ -22,7 +22,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 from titans import chunk, decoding, recurrent
-from titans.arguments import Call
+from titans.arguments import Call, dense
 from titans.autocast import without_autocast
 from titans.partition import max_pieces
 from titans.transforms import in_forward_mode, over_heads
@@ -198,9 +198,9 @@ def _chunked_backward(*arguments: Any) -> tuple[Tensor, ...]:
     """Compute the cotangents of q, k, v, w, b, theta, alpha, eta, M, S and anchor; without w and b theirs are empty."""
     *fields, backend, M0, S0, x, r, do, dM, dS, danchor = arguments
     call = Call(*fields).contiguous()
-    do = torch.zeros_like(call.q) if do is None else do.contiguous()
+    do = torch.zeros_like(call.q) if do is None else dense(do)
     zeros = torch.zeros_like(call.M)
-    dM, dS, danchor = (zeros if d is None else d.contiguous() for d in (dM, dS, danchor))
+    dM, dS, danchor = (zeros if d is None else dense(d) for d in (dM, dS, danchor))
     with _alone_with(call.q):
         if backend == "triton":
             from titans import kernels

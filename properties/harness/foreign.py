@@ -24,6 +24,7 @@ IMPLIED = {
     "step": {"offset"},
     "bfloat16": {"half"},
     "resume_bits": {"resume"},
+    "padding_bits": {"backward"},
     "none_bits": {"initial_state"},
     "decode_bits": {"step"},
 }
