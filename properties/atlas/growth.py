@@ -33,7 +33,7 @@ def growth(grid: Grid, part: str, groups: Sequence[Group]) -> Picture:
                 {"mark": point, "transform": [{"filter": "datum.k == 'error'"}]},
             ],
         },
-        "resolve": {"scale": {"y": "independent"}},
+        "resolve": {"scale": {"y": "independent"}, "axis": {"x": "independent"}},
     }
     return Picture(
         name=f"growth-{part}",
@@ -51,14 +51,15 @@ def axes(grid: Grid, order: Sequence[str]) -> Spec:
     facts = {"i": "of", "f": "memory, dtype", "k": "", "T": "tokens"}
     shown = [{"field": name, "type": "nominal", "title": title} for name, title in facts.items()]
     shown += [{"field": "e", "type": "quantitative", "title": "relative", "format": ".2e"}]
-    lengths, below = [int(T) for T in grid.x], {"orient": "bottom"}
+    lengths, legend = [int(T) for T in grid.x], {"orient": "bottom", "columns": 3}
     return {
         "x": {"field": "T", "type": "quantitative", "scale": {"type": "log", "base": 2}, "title": grid.x_title,
-              "axis": {"values": lengths, "grid": False}},
+              "axis": {"values": lengths, "grid": False, "labelOverlap": False, "labelFlush": False,
+                    "format": "d"}},
         "y": {"field": "e", "type": "quantitative", "scale": {"type": "log"}, "title": "error / largest value",
               "axis": {"format": "~e", "tickCount": 6}},
-        "color": {"field": "i", "type": "nominal", "sort": order, "title": None, "legend": {**below, "columns": 3}},
-        "strokeDash": {"field": "k", "type": "nominal", "sort": ["error", "bound"], "title": None, "legend": below},
+        "color": {"field": "i", "type": "nominal", "sort": order, "title": None, "legend": legend},
+        "strokeDash": {"field": "k", "type": "nominal", "sort": ["error", "bound"], "title": None, "legend": None},
         "tooltip": shown,
     }  # fmt: skip
 

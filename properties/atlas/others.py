@@ -76,7 +76,7 @@ def times(number: int, measured: Measured, what: str, rows: Sequence[Mapping[str
             "height": 190,
             "encoding": {
                 "x": {"field": "T", "type": "quantitative", "scale": {"type": "log", "base": 2}, "title": "tokens T",
-                      "axis": {"values": sorted({row["T"] for row in rows}), "grid": False}},
+                      "axis": {"values": sorted({row["T"] for row in rows}), "grid": False, "format": "d"}},
                 "y": {"field": "y", "type": "quantitative", "scale": {"type": "log"}, "title": unit,
                       "axis": {"tickCount": 5, "format": "~g"}},
                 "color": {"field": "i", "type": "nominal", "title": None, "legend": {"orient": "bottom", "columns": 3}},

@@ -53,7 +53,14 @@ def theme(dark: bool) -> Spec:
     return {
         "background": None if dark else "#ffffff",
         "font": FONT,
-        "axis": {**text, "gridColor": line, "domainColor": faint, "tickColor": faint, "labelFontSize": 10},
+        "axis": {
+            **text,
+            "gridColor": line,
+            "gridOpacity": 0.6,
+            "domainColor": faint,
+            "tickColor": faint,
+            "labelFontSize": 10,
+        },
         "header": {**text, "labelFontSize": 12, "labelFontWeight": "bold"},
         "legend": {**text, "labelFontSize": 11, "titleFontSize": 11, "titleLimit": 340, "labelLimit": 200},
         "title": {"color": ink, "subtitleColor": faint, "font": FONT, "subtitleFont": FONT, "anchor": "start"},

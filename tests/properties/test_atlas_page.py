@@ -79,6 +79,9 @@ def test_every_picture_is_drawn_and_nothing_overflows(
     assert all(count > 0 for _, count in marks), marks
     assert found.evaluate("document.documentElement.scrollWidth") <= width
     assert trouble == []
+    # A drawn picture keeps its whole place, or the next one would have less room.
+    narrower = "all => all.filter(x => x.clientWidth < x.parentElement.clientWidth - 2).map(x => x.id)"
+    assert found.eval_on_selector_all(".picture", narrower) == []
     # Only a picture that says so is wider than its place.
     wider = "all => all.filter(x => !x.classList.contains('wide') && x.scrollWidth > x.clientWidth).map(x => x.id)"
     assert found.eval_on_selector_all(".picture", wider) == []
