@@ -243,7 +243,8 @@ def test_results_share_no_memory_with_arguments(implementation: Implementation, 
 @law("5.20", problems=ANY, share=SHARE)
 def test_other_calls_before_and_between_change_nothing(implementation: Implementation, problem: Problem) -> Found:
     inputs, cotangents = problem.inputs(), problem.cotangents()
-    other = replace(problem, seed=problem.seed + 1, C=problem.C + 1, alpha="constant 2^-2", theta="constant 0")
+    changed = replace(problem, seed=problem.seed + 1, C=problem.C + 1, alpha="constant 2^-2", theta="constant 0")
+    other = implementation.domain.nearest(changed)
     (first, found), (beside, others) = answer(implementation, problem), answer(implementation, other)
     found += others
     if "backward" not in implementation.claims:
