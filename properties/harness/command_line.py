@@ -29,11 +29,16 @@ def check(config: pytest.Config) -> None:
             raise ValueError(f"--hypothesis-profile must be dev, smoke, ci or deep, got {profile!r}") from error
     if not 0 <= (seconds := config.getoption("--example-timeout")) < math.inf:
         raise ValueError(f"--example-timeout must be a number of seconds, got {seconds}")
-    if config.getoption("--device") == "cuda" and (trouble := without_gpu(uses_it_itself(config))):
-        raise ValueError(f"--device cuda needs a GPU that PyTorch can use ({trouble}); --device cpu needs none")
+    check_device(config.getoption("--device"), uses_it_itself(config))
     lacks = config.getoption("--impl-lacks")
     if lacks is not None and not lacks.strip(", "):
         raise ValueError("--impl-lacks must name claims; leave it out where none is missing")
+
+
+def check_device(device: str, trying: bool) -> None:
+    """Refuse a device that is not there, or raise ValueError."""
+    if device == "cuda" and (trouble := without_gpu(trying)):
+        raise ValueError(f"--device cuda needs a GPU that PyTorch can use ({trouble}); --device cpu needs none")
 
 
 def uses_it_itself(config: pytest.Config) -> bool:

@@ -16,7 +16,7 @@ import torch
 from hypothesis import Phase, given, settings
 
 from properties import test_fixtures, test_ratchet
-from properties.harness import crash_isolation, ratchet, waiting
+from properties.harness import command_line, crash_isolation, ratchet, waiting
 from properties.harness.corpus import FIXTURES, Row, Task
 from properties.harness.draws import COMMON
 from properties.harness.facts import Facts, Recorder
@@ -95,6 +95,7 @@ def serve(
     torch.set_num_threads(1)
     os.environ["PYTEST_XDIST_WORKER"] = f"gw{number}"
     try:
+        command_line.check_device(subject.device, trying=True)
         prepare()
         implementation = subject.load()
         crash_isolation.spread(subject.device)

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from properties import verify
-from properties.harness import corpus, progress, schedule
+from properties.harness import corpus, progress, schedule, waiting
 from properties.harness.corpus import RATCHET, Row, Task
 from properties.harness.facts import Facts
 from properties.harness.implementations import CLAIMS, implementation
@@ -29,7 +30,7 @@ from properties.harness.progress import Progress, duration
 from properties.harness.quick import RESERVE, Process, Quick
 from properties.harness.schedule import Schedule
 from properties.harness.subjects import Subject
-from properties.harness.worker import Answer, Judge, Ready, fresh
+from properties.harness.worker import Answer, Judge, Ready, fresh, serve
 from properties.problems.domain import Domain
 from properties.problems.problem import Problem
 from tests.properties import wrong
@@ -214,6 +215,18 @@ def test_an_example_that_takes_too_long_is_no_failure() -> None:
     answer = one.answer(Task(row(VALUES), Problem()))
     assert answer.slow
     assert answer.facts == Facts()
+
+
+def test_a_gpu_that_is_not_there_is_a_mistake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    # The process has its own standard output and signals.
+    for module, name in ((os, "open"), (os, "dup2"), (signal, "signal"), (torch, "set_num_threads")):
+        monkeypatch.setattr(module, name, lambda *given: 0)
+    monkeypatch.setattr(waiting, "STDERR", waiting.STDERR)
+    monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
+    mine, other = Pipe()
+    serve(other, Subject("chunk", device="cuda"), lambda: None, tmp_path / "log", 0, 10.0)
+    assert mine.recv().startswith("--device cuda needs a GPU that PyTorch can use (torch.cuda.is_available() is False)")
 
 
 class Terminal(io.StringIO):
