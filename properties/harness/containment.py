@@ -11,7 +11,7 @@ import traceback
 import unittest
 import warnings
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from types import ModuleType
 from typing import Any, TypeVar
@@ -57,23 +57,19 @@ interrupted = threading.Event()
 
 def heed_interrupts() -> Callable[[], Any]:
     """Tell Ctrl-C and SIGTERM from a KeyboardInterrupt of an implementation; return the function that ends this."""
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
+    if threading.current_thread() is not threading.main_thread():
         return lambda: None
+    before, stack = signal.getsignal(signal.SIGINT), ExitStack()
+    stack.enter_context(terminated_as_interrupted())
 
     def handle(number: int, frame: Any) -> Any:
         interrupted.set()
-        return before(number, frame)
+        return before(number, frame) if callable(before) else None
 
-    signal.signal(signal.SIGINT, handle)
-    ending = terminated_as_interrupted()
-    ending.__enter__()
-
-    def end() -> None:
-        ending.__exit__(None, None, None)
-        signal.signal(signal.SIGINT, before)
-
-    return end
+    if callable(before):
+        signal.signal(signal.SIGINT, handle)
+        stack.callback(signal.signal, signal.SIGINT, before)
+    return stack.close
 
 
 @contextmanager
@@ -82,7 +78,13 @@ def terminated_as_interrupted() -> Generator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
+
+    def handle(number: int, frame: Any) -> None:
+        # SIGINT itself may be ignored, as in the background of a script.
+        interrupted.set()
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, handle)
     try:
         yield
     finally:

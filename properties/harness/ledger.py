@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from properties.harness import report
+from properties.harness.containment import interrupted
 from properties.harness.facts import Recorder, Verdict
 from properties.harness.implementations import Implementation
 
@@ -81,6 +82,9 @@ class Ledger:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Keep the verdict of a test that ran, or could not."""
+        if interrupted.is_set() and (report.when, report.outcome) == ("call", "failed"):
+            # The interrupt may be what failed.
+            return
         if outcome := verdict(report):
             self.enter(report.nodeid, outcome, report.user_properties, reason(report))
             if report.when not in ("setup", "call", "teardown"):

@@ -246,6 +246,9 @@ def recorder(request: pytest.FixtureRequest) -> Recorder:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Name the law and the implementation of a test, even of one that is not run."""
+    if containment.interrupted.is_set():
+        # The exception was lost, as in a callback of the garbage collector.
+        raise KeyboardInterrupt
     item.user_properties[:] = report.properties(about(item))
 
 

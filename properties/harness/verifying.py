@@ -2,7 +2,6 @@
 
 import os
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -282,7 +281,7 @@ def ended(command: Sequence[str], progress: bool) -> str:
                 try:
                     process.wait()
                 except KeyboardInterrupt:
-                    process.send_signal(signal.SIGINT)
+                    process.terminate()
             output.seek(0)
             return output.read()
     finally:

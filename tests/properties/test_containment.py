@@ -193,3 +193,17 @@ def test_calls_of_several_threads_are_contained_together() -> None:
     for misdeed in (lambda: os._exit(0), lambda: pytest.skip("not in this thread")):
         with pytest.raises(Misconduct):
             at_once([lambda: None, misdeed])
+
+
+def test_a_sigterm_is_heeded_where_ctrl_c_is_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    stop = heed_interrupts()
+    try:
+        with pytest.raises(KeyboardInterrupt), answering():
+            signal.raise_signal(signal.SIGTERM)
+        assert interrupted.is_set()
+    finally:
+        stop()
+        interrupted.clear()
+        signal.signal(signal.SIGINT, before)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

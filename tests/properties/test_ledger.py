@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 import pytest
 
 from properties.harness import report
+from properties.harness.containment import interrupted
 from properties.harness.facts import Verdict
 from properties.harness.implementations import implementation
 from properties.harness.ledger import Ledger, verdict
@@ -118,7 +119,7 @@ def test_a_run_that_is_ended_shows_what_it_has_judged(workers: tuple[str, ...], 
     assert process.stderr
     assert "laws" in process.stderr.readline()
     process.terminate()
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == pytest.ExitCode.INTERRUPTED, output
     (unjudged,) = re.findall(r"not complete: (\d+) of \d+ tests were not run", output)
     verdicts = [row["verdict"] for row in json.loads(path.read_text())["verdicts"]]
@@ -134,3 +135,13 @@ def test_a_run_that_is_killed_leaves_the_verdicts_so_far(tmp_path: Path) -> None
     assert [row["verdict"] for row in content["verdicts"]] == ["pass"]
     with pytest.raises(ValueError, match="the run has not ended"):
         Run.read(path)
+
+
+def test_what_fails_after_an_interrupt_has_no_result() -> None:
+    interrupted.set()
+    try:
+        ledger = ledger_of(made("failed"))
+    finally:
+        interrupted.clear()
+    assert not ledger.rows
+    assert ledger_of(made("failed")).verdicts[0].verdict == "fail"
