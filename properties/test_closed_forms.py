@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 import oracle
 from oracle.precision import doubles, exact
-from properties.harness.comparing import Found, Truth, answer, check, compare, radii, same, solved
+from properties.harness.comparing import Found, Truth, answer, check, check_inputs, compare, radii, same, solved
 from properties.harness.implementations import Implementation
 from properties.harness.laws import law
-from properties.harness.running import expect, run
+from properties.harness.running import expect, run, tensors
 from properties.problems.problem import HALF, Problem
 from properties.problems.strategies import problems
 
@@ -79,6 +79,19 @@ def test_the_state_after_a_tail_without_learning_has_decayed_so_far(
 def test_gates_are_raised_before_anything_else(implementation: Implementation, problem: Problem) -> Found:
     inputs = problem.inputs()
     return compare(run(implementation, inputs), decayed(problem), radii(implementation, inputs))
+
+
+@law(
+    "3",
+    problems=problems(dtypes=HALF, gate_dtype=st.sampled_from(HALF), most=8, wild=False),
+    needs=["half"],
+)
+def test_every_tensor_is_raised_from_its_own_dtype(implementation: Implementation, problem: Problem) -> Found:
+    # Some of these as they are in training: wider than q, k and v, and each in a dtype of its own.
+    wide = tensors(replace(problem, dtype="float32", gate_dtype="float32").inputs())
+    names = [name for i, name in enumerate(("w", "theta", "b", "alpha", "eta")) if problem.seed >> i & 1]
+    inputs = replace(problem.inputs(), **{name: wide[name] for name in names if name in wide})
+    return check_inputs(implementation, inputs, problem.cotangents())[1]
 
 
 @law(

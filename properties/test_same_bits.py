@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from oracle import Cotangents
-from properties.harness.comparing import Found, bits, compare, radii, run_finite, same_bits, solved
+from properties.harness.comparing import Found, bits, check_inputs, compare, radii, run_finite, same_bits, solved
 from properties.harness.implementations import Implementation
 from properties.harness.laws import law
 from properties.harness.running import Results, expect, run, tensors
@@ -101,6 +101,19 @@ def test_expanded_inputs_give_the_same_bits(implementation: Implementation, prob
     whole = {name: x.contiguous() for name, x in tensors(alike).items()}
     expanded = run(implementation, alike, problem.cotangents())
     return same_bits(run_finite(implementation, alike, problem.cotangents(), whole), expanded)
+
+
+@law("5.13", problems=problems(most=12, wild=False), needs=["backward"], share=0.5)
+def test_an_expanded_cotangent_gives_the_same_bits(implementation: Implementation, problem: Problem) -> Found:
+    if not problem.tokens:
+        return []
+    inputs, cotangents = problem.inputs(), problem.cotangents()
+    o = cotangents.o.to(implementation.device)
+    # The same for all tokens, as after a mean over them, or for all along other axes.
+    axes = (1, 2, 3, 0, *range(4))[problem.seed % 4 :][: 1 + problem.seed // 4 % 4]
+    alike = o[tuple(slice(0, 1 if axis in axes else None) for axis in range(4))].expand_as(o)
+    plain, found = check_inputs(implementation, inputs, replace(cotangents, o=alike.cpu().contiguous()))
+    return found + same_bits(plain, run(implementation, inputs, replace(cotangents, o=alike)))
 
 
 @law("5.13", problems=problems(most=12, wild=False), share=0.5)

@@ -17,13 +17,16 @@ MOMENTUM = ("uniform 0", "random 2^-1 2^-3", "constant 2^-1", "alternate 0 1-2^-
 
 
 def sizes(most: int, common: int = 1) -> SearchStrategy[int]:
-    """Draw a size in [1, most]: half of the time within 1 of a multiple of a tile from `common` on.
+    """Draw a size in [1, most]: half of the time a tile, or within 1 of a multiple of a tile, from `common` on.
 
     A failure shrinks towards the smallest size that fails, however its size was drawn.
     """
-    edges = [n + d for tile in TILES for n in range(tile, most + 2, tile) for d in (-1, 0, 1)]
-    edges = [n for n in edges if common <= n <= most] or [most]
-    return st.sampled_from(sorted([*range(1, most + 1), *edges * max(1, most // len(edges))]))
+    beside = [n + d for tile in TILES for n in range(tile, most + 2, tile) for d in (-1, 0, 1)]
+    beside = [n for n in beside if common <= n <= most] or [most]
+    # What is written for one size is written for a tile.
+    tiles = [n for n in TILES if common <= n <= most] or [most]
+    edges = [*beside * max(1, most // 2 // len(beside)), *tiles * max(1, most // 2 // len(tiles))]
+    return st.sampled_from(sorted([*range(1, most + 1), *edges]))
 
 
 @st.composite
@@ -55,7 +58,7 @@ def real_problems(
         See `strategies.problems`.
     """
     memory, dtype = draw(st.sampled_from(memories)), draw(st.sampled_from(dtypes))
-    width, chunk = draw(sizes(D, min(32, D))), draw(sizes(C, min(16, C)))
+    width, chunk = draw(sizes(D, max(min(32, D), D // 2))), draw(sizes(C, min(16, C)))
     H, N = draw(st.integers(1, heads)), draw(st.integers(1, sequences))
     is_packed, state = draw(st.booleans()) if packed is None else packed, draw(st.sampled_from(initial))
     room = max(1, cells // (N * H * width**2))

@@ -63,6 +63,7 @@ CATCHES: dict[str, type[Definition]] = {
     "test_any_layout_gives_the_same_bits_and_nothing_is_modified": wrong.WritesItsInput,
     "test_expanded_inputs_give_the_same_bits": wrong.LayoutMatters,
     "test_a_cotangent_of_any_layout_is_understood": wrong.IgnoresStrides,
+    "test_an_expanded_cotangent_gives_the_same_bits": wrong.IgnoresStrides,
     "test_gates_may_have_a_last_axis": wrong.AxisMatters,
     "test_asking_for_the_final_state_changes_no_output": wrong.StateChangesOutputs,
     "test_results_do_not_depend_on_uninitialised_memory": wrong.Uninitialised,
@@ -72,6 +73,7 @@ CATCHES: dict[str, type[Definition]] = {
     "test_without_learning_the_memory_only_decays": wrong.DecaysMomentumTwice,
     "test_the_state_after_a_tail_without_learning_has_decayed_so_far": wrong.TailRunsOn,
     "test_gates_are_raised_before_anything_else": wrong.GatesStayHalf,
+    "test_every_tensor_is_raised_from_its_own_dtype": wrong.RoundsToTheDtypeOfQ,
     "test_without_momentum_the_initial_momentum_is_forgotten": wrong.KeepsSomeMomentum,
     "test_chunks_of_one_token_are_the_papers_recurrence": wrong.Half,
     "test_logs_of_0_and_1_give_what_0_and_1_give": wrong.DerivativeAtLogZero,
@@ -101,6 +103,7 @@ CATCHES: dict[str, type[Definition]] = {
     "test_every_chunk_of_a_long_sequence_is_right_from_the_state_before_it": wrong.NoMomentumAcrossChunks,
     "test_small_integers_of_real_size_give_exact_values": wrong.Half,
     "test_errors_of_real_size_are_at_most_twice_those_of_the_definition": wrong.Sloppy,
+    "test_many_chunks_sequences_and_heads_are_as_accurate_as_the_definition": wrong.Sloppy,
 }
 
 

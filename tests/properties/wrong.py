@@ -472,6 +472,13 @@ class DtypeMatters(Definition):
         return [theta, a if log_gates else (1 - alpha).to(dtype), eta]
 
 
+class RoundsToTheDtypeOfQ(Definition):
+    """Gates are rounded to the dtype of q first."""
+
+    def before(self, tensors: list[Tensor]) -> list[Tensor]:
+        return [x.to(tensors[0].dtype) for x in tensors]
+
+
 @dataclass
 class CachesByAddress(Definition):
     """Values are kept under the address and shape of their tensor."""
