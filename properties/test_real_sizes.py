@@ -273,15 +273,20 @@ NINE = 9
 def with_many(problem: Problem, claims: Collection[str]) -> Problem:
     """Return the same with many heads, nine sequences if they are packed, and eight chunks more in the last.
 
-    In a batch every sequence has as many more. Without the claim `large`, only a batch has the heads, and nothing more.
+    In a batch every sequence has as many more. Without the claim `large`, only a batch has the heads, and nothing more,
+    and all packed sequences but the last are short.
     """
-    if "large" not in claims and not problem.packed:
+    large = "large" in claims
+    if not large and not problem.packed:
         return replace(problem, H=NINE)
     N = max(NINE, problem.sequences) if problem.packed else problem.sequences
-    lengths, offsets = (tuple(x[i % len(x)] for i in range(N)) if x else () for x in (problem.lengths, problem.offsets))
-    grow = (NINE - 1) * problem.C
-    longer = tuple(T + (grow if i == N - 1 or not problem.packed else 0) for i, T in enumerate(lengths))
-    return replace(problem, H=HEADS if "large" in claims else 1, lengths=longer, offsets=offsets)
+    lengths = [problem.lengths[i % problem.sequences] for i in range(N)]
+    few = N - 1 if problem.packed else 0
+    lengths[:few] = [T if large else min(T, 2) for T in lengths[:few]]
+    lengths[few:] = [T + (NINE - 1) * problem.C for T in lengths[few:]]
+    # Each at a place of its own.
+    offsets = tuple((problem.offsets[i % problem.sequences] + i) % problem.C for i in range(N) if problem.offsets)
+    return replace(problem, H=HEADS if large else 1, lengths=tuple(lengths), offsets=offsets)
 
 
 def manifold(packed: bool) -> SearchStrategy[Problem]:

@@ -110,7 +110,7 @@ def test_an_expanded_cotangent_gives_the_same_bits(implementation: Implementatio
     inputs, cotangents = problem.inputs(), problem.cotangents()
     o = cotangents.o.to(implementation.device)
     # The same for all tokens, as after a mean over them, or for all along other axes.
-    axes = (1, 2, 3, 0, *range(4))[problem.seed % 4 :][: 1 + problem.seed // 4 % 4]
+    axes = ((1, 2, 3, 0) * 2)[problem.seed % 4 :][: 1 + problem.seed // 4 % 4]
     alike = o[tuple(slice(0, 1 if axis in axes else None) for axis in range(4))].expand_as(o)
     plain, found = check_inputs(implementation, inputs, replace(cotangents, o=alike.cpu().contiguous()))
     return found + same_bits(plain, run(implementation, inputs, replace(cotangents, o=alike)))
