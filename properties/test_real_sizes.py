@@ -285,7 +285,8 @@ def with_many(problem: Problem, claims: Collection[str]) -> Problem:
     lengths[:few] = [T if large else min(T, 2) for T in lengths[:few]]
     lengths[few:] = [T + (NINE - 1) * problem.C for T in lengths[few:]]
     # Each at a place of its own.
-    offsets = tuple((problem.offsets[i % problem.sequences] + i) % problem.C for i in range(N) if problem.offsets)
+    places = [problem.offsets[i % problem.sequences] + min(i, NINE - 2) for i in range(N) if problem.offsets]
+    offsets = tuple(place % problem.C for place in places)
     return replace(problem, H=HEADS if large else 1, lengths=tuple(lengths), offsets=offsets)
 
 
@@ -293,7 +294,7 @@ def manifold(packed: bool) -> SearchStrategy[Problem]:
     """Draw problems that `with_many` then makes larger."""
     return real_problems(
         D=16, C=8, chunks=2, cells=2**12, heads=1, sequences=2, packed=packed, dtypes=("float32",),
-        gate_dtype="float32", **INDEPENDENT,
+        gate_dtype="float32", initial=("full", "none", "full" if packed else "M"), **INDEPENDENT,
     )  # fmt: skip
 
 
