@@ -266,12 +266,12 @@ def test_errors_of_real_size_are_at_most_twice_those_of_the_definition(
     return compare_with_the_definition(implementation, problem)
 
 
-# The ninth of anything.
-NINE = 9
+# The ninth of anything, and tokens that need a third tile of 32.
+NINE, TOKENS = 9, 64
 
 
 def with_many(problem: Problem, claims: Collection[str]) -> Problem:
-    """Return the same with many heads, nine sequences if they are packed, and eight chunks more in the last.
+    """Return the same with many heads, nine sequences if they are packed, and eight chunks or more added to the last.
 
     In a batch every sequence has as many more. Without the claim `large`, only a batch has the heads, and nothing more,
     and all packed sequences but the last are short.
@@ -283,7 +283,7 @@ def with_many(problem: Problem, claims: Collection[str]) -> Problem:
     lengths = [problem.lengths[i % problem.sequences] for i in range(N)]
     few = N - 1 if problem.packed else 0
     lengths[:few] = [T if large else min(T, 2) for T in lengths[:few]]
-    lengths[few:] = [T + (NINE - 1) * problem.C for T in lengths[few:]]
+    lengths[few:] = [T + max((NINE - 1) * problem.C, TOKENS) for T in lengths[few:]]
     # Each at a place of its own.
     places = [problem.offsets[i % problem.sequences] + min(i, NINE - 2) for i in range(N) if problem.offsets]
     offsets = tuple(place % problem.C for place in places)
