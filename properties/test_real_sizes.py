@@ -283,7 +283,9 @@ def with_many(problem: Problem, claims: Collection[str]) -> Problem:
     lengths = [problem.lengths[i % problem.sequences] for i in range(N)]
     few = N - 1 if problem.packed else 0
     lengths[:few] = [T if large else min(T, 2) for T in lengths[:few]]
-    lengths[few:] = [T + max((NINE - 1) * problem.C, TOKENS) for T in lengths[few:]]
+    # Dozens of chunks would take an interpreter too long.
+    grow = max((NINE - 1) * problem.C, TOKENS if problem.C > 3 else 0)
+    lengths[few:] = [T + grow for T in lengths[few:]]
     # Each at a place of its own.
     places = [problem.offsets[i % problem.sequences] + min(i, NINE - 2) for i in range(N) if problem.offsets]
     offsets = tuple(place % problem.C for place in places)
