@@ -297,11 +297,11 @@ LEARNING = INDEPENDENT | {"theta": st.sampled_from(("uniform -3", "random 2^-6 2
 
 
 def manifold(packed: bool) -> SearchStrategy[Problem]:
-    """Draw problems that `with_many` then makes larger."""
+    """Draw problems that `with_many` then makes larger, all with chunks that have an inside."""
     return real_problems(
         D=16, C=8, chunks=2, cells=2**12, heads=1, sequences=2, packed=packed, dtypes=("float32",),
         gate_dtype="float32", initial=("full", "none", "full" if packed else "M"), **LEARNING,
-    )  # fmt: skip
+    ).map(lambda problem: replace(problem, C=problem.C + 1))  # fmt: skip
 
 
 # Most of them are packed: of the few that an interpreter is asked, too.
