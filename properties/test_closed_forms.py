@@ -90,8 +90,8 @@ def test_every_tensor_is_raised_from_its_own_dtype(implementation: Implementatio
     # Some of these as they are in training: wider than q, k and v, and each in a dtype of its own.
     wide = tensors(replace(problem, dtype="float32", gate_dtype="float32").inputs())
     names = [name for i, name in enumerate(("w", "theta", "b", "alpha", "eta")) if problem.seed >> i & 1]
-    inputs = replace(problem.inputs(), **{name: wide[name] for name in names if name in wide})
-    return check_inputs(implementation, inputs, problem.cotangents())[1]
+    wider: dict[str, Any] = {name: wide[name] for name in names if name in wide}
+    return check_inputs(implementation, replace(problem.inputs(), **wider), problem.cotangents())[1]
 
 
 @law(
