@@ -39,7 +39,7 @@ def test_a_fault_names_laws_that_its_backend_has_to_obey(fault: Fault) -> None:
 
 def test_no_two_faults_are_alike() -> None:
     names, sources = ({key(fault) for fault in FAULTS} for key in (lambda x: x.name, lambda x: str(x.sources())))
-    assert len(names) == len(sources) == len(FAULTS) >= 187
+    assert len(names) == len(sources) == len(FAULTS) >= 190
 
 
 def test_a_patch_follows_the_code_and_is_an_error_where_it_cannot() -> None:
