@@ -283,9 +283,7 @@ def with_many(problem: Problem, claims: Collection[str]) -> Problem:
     lengths = [problem.lengths[i % problem.sequences] for i in range(N)]
     few = N - 1 if problem.packed else 0
     lengths[:few] = [T if large else min(T, 2) for T in lengths[:few]]
-    # Dozens of chunks would take an interpreter too long.
-    grow = max((NINE - 1) * problem.C, TOKENS if problem.C > 3 else 0)
-    lengths[few:] = [T + grow for T in lengths[few:]]
+    lengths[few:] = [T + max((NINE - 1) * problem.C, TOKENS) for T in lengths[few:]]
     # Each at a place of its own.
     places = [problem.offsets[i % problem.sequences] + min(i, NINE - 2) for i in range(N) if problem.offsets]
     offsets = tuple(place % problem.C for place in places)
@@ -297,11 +295,11 @@ LEARNING = INDEPENDENT | {"theta": st.sampled_from(("uniform -3", "random 2^-6 2
 
 
 def manifold(packed: bool) -> SearchStrategy[Problem]:
-    """Draw problems that `with_many` then makes larger, all with chunks that have an inside."""
+    """Draw problems that `with_many` then makes larger; of shorter chunks an interpreter would take too many."""
     return real_problems(
-        D=16, C=8, chunks=2, cells=2**12, heads=1, sequences=2, packed=packed, dtypes=("float32",),
+        D=16, C=6, chunks=2, cells=2**12, heads=1, sequences=2, packed=packed, dtypes=("float32",),
         gate_dtype="float32", initial=("full", "none", "full" if packed else "M"), **LEARNING,
-    ).map(lambda problem: replace(problem, C=problem.C + 1))  # fmt: skip
+    ).map(lambda problem: replace(problem, C=problem.C + 3))  # fmt: skip
 
 
 # Most of them are packed: of the few that an interpreter is asked, too.
