@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from properties.atlas.collect import ABSENT, JUDGED, NOT_FINITE, PARTS, RAISED, UNDERFLOW, UNSURE, Cell
@@ -9,6 +10,7 @@ from properties.atlas.data import Group
 from properties.atlas.grids import GRIDS, MEMORIES, Grid
 from properties.atlas.growth import growth
 from properties.atlas.pictures import Picture, Spec, abouts
+from properties.harness.implementations import BACKENDS
 
 # Of the colour scale, in powers of ten: beyond, all is as bad, or as good.
 END = 4
@@ -31,14 +33,10 @@ CROSS: Spec = {"type": "text", "style": "cross", "text": "×", "fontSize": {"exp
 FIRST = "map-gates-values"
 
 
-def of_part(maps: Mapping[tuple[str, ...], Group], grid: Grid, part: str) -> list[Group]:
-    """Return the groups of a grid and part, those of the plain memory first."""
-    return [
-        group
-        for memory in MEMORIES
-        for group in maps.values()
-        if (group.grid, group.part, group.memory) == (grid.name, part, memory)
-    ]
+def of_part(groups: Mapping[tuple[str, ...], Group], grid: Grid, part: str) -> list[Group]:
+    """Return the groups of a grid and part, those of the plain memory first, and in each memory our own backends."""
+    found = [group for group in groups.values() if (group.grid, group.part) == (grid.name, part)]
+    return sorted(found, key=lambda group: (MEMORIES.index(group.memory), group.implementation not in BACKENDS))
 
 
 def maps(groups: Mapping[tuple[str, ...], Group]) -> list[Picture]:
@@ -73,7 +71,8 @@ def heat_map(grid: Grid, part: str, groups: Sequence[Group]) -> Picture:
             {"calculate": SHOWN, "as": "r"},
         ],
         "facet": {"field": "f", "type": "nominal", "sort": facets, "title": None, "header": header},
-        "columns": 5,
+        # A row for each memory, where there is room.
+        "columns": max(Counter(group.memory for group in groups).values()),
         "spacing": SPACING,
         "spec": {"width": {"step": step}, "height": {"step": step}, "encoding": axes(grid), "layer": LAYERS},
     }
