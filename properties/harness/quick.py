@@ -141,7 +141,7 @@ class Quick:
         if not isinstance(ready, Ready):
             first.process.join(1)
             raise ValueError(ready or f"{self.subject.target!r} ended the process that imported it: {self.said()}")
-        schedule = Schedule(self.subject, ready, self.seed, self.end, self.select)
+        schedule = Schedule(self.subject, ready, self.seed, self.end, self.select, self.first_failure)
         self.give(first, schedule)
         for _ in range(self.size - 1):
             self.spawn()

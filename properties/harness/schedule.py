@@ -91,10 +91,15 @@ class Schedule:
         When no task may run any more, by `time.monotonic`.
     select : str
         Only the laws, fixtures and worst cases with this in their name.
+    first_failure : bool
+        Whether a failure is made smaller before anything else is checked, since it ends the run.
     """
 
-    def __init__(self, subject: Subject, ready: Ready, seed: int, end: float, select: str = "") -> None:
+    def __init__(
+        self, subject: Subject, ready: Ready, seed: int, end: float, select: str = "", first_failure: bool = False
+    ) -> None:
         self.subject, self.ready, self.seed, self.end, self.select = subject, ready, seed, end, select
+        self.first_failure = first_failure
         self.begin, self.shrinking = time.monotonic(), 0.0
         self.rows = {name: row for name, row in corpus.rows().items() if select in row.test(ready.name)}
         self.of = {name: row for name, row in self.rows.items() if PROPERTIES[name].needs <= ready.claims}
@@ -111,8 +116,9 @@ class Schedule:
     @property
     def decided(self) -> bool:
         """Whether something went wrong, and is known as well as it will be."""
-        unfinished = any(now.failed and now.waiting for now in self.standing.values())
-        return self.broken > 0 and not (unfinished or self.to_shrink())
+        larger = self.to_shrink()
+        settled = [row for row, now in self.standing.items() if row not in larger and not now.waiting]
+        return any(self.standing[row].failed or self.standing[row].trouble for row in settled)
 
     @property
     def broken(self) -> int:
@@ -123,7 +129,8 @@ class Schedule:
         """Return the next task: what is known, then a smaller problem for a failure, then fresh ones."""
         while self.known and not self.standing[self.known[-1].row].open:
             self.known.pop()
-        task = self.known.pop() if self.known else self.shrink() or self.fresh()
+        task = self.shrink() if self.first_failure else None
+        task = task or (self.known.pop() if self.known else self.shrink() or self.fresh())
         if task:
             self.standing[task.row].waiting += 1
         return task

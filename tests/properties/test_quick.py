@@ -126,11 +126,17 @@ def test_the_first_failure_decides_when_it_is_as_small_as_it_will_be() -> None:
     plan.note(0, task, Answer(FAILED))
     # Nine tokens are many.
     assert not plan.decided
-    plan.known.clear()
+    assert plan.known
+    plan.first_failure = True
     smaller = plan.next()
     assert smaller == Task(task.row, shrink=True)
     assert not plan.decided
     plan.note(0, smaller, Answer(FAILED))
+    assert plan.decided
+    # Another failure that may become smaller delays nothing.
+    (other,) = {plan.of[VALUES], plan.of[GRADIENTS]} - {task.row}
+    plan.standing[other].waiting = 1
+    plan.note(0, Task(other, count=1), Answer(FAILED))
     assert plan.decided
 
 
