@@ -23,7 +23,7 @@ from properties.harness.worker import Answer, Ready, serve
 
 # Seconds before the end in which nothing runs any more, and results are written; a busy machine needs more, as it did
 # for the start.
-RESERVE, OF_THE_START = 1.2, 0.3
+RESERVE, OF_THE_START = 1.5, 0.7
 # The share of the time that an example may take.
 PATIENCE = 0.25
 CONTEXT = multiprocessing.get_context("fork")

@@ -172,6 +172,11 @@ class Judge:
             drawn = [task.problem] if task.problem else fresh(PROPERTIES[task.row.law], task.seed, task.count)
             for problem in drawn:
                 self.pose(task.row, problem, recorder)
+            # The plainest problem may exercise nothing.
+            if task.count and not recorder.facts.compared:
+                for problem in fresh(PROPERTIES[task.row.law], task.seed + 1, 20):
+                    if not recorder.facts.compared:
+                        self.pose(task.row, problem, recorder)
 
     def pose(self, row: Row, problem: Problem, recorder: Recorder) -> None:
         """Check a law on the problem nearest to this one; count the ones that do not exercise it."""

@@ -207,6 +207,11 @@ def test_fixtures_and_worst_cases_are_judged_as_in_the_suite() -> None:
     assert list(facts.tightness)[-1] == f"ratchet {case}"
 
 
+def test_a_law_that_the_plainest_problem_does_not_exercise_is_judged_all_the_same() -> None:
+    law = "test_what_is_not_finite_stays_in_its_sequence_and_head"
+    assert judge(wrong.Definition()).answer(Task(row(law), count=1)).facts.compared == 1
+
+
 def test_what_a_domain_excludes_is_not_claimed() -> None:
     one = judge(wrong.Definition(), domain=Domain.parse("T=0"))
     task = Task(row("test_later_tokens_change_no_earlier_output"), seed=1, count=40)
