@@ -343,12 +343,18 @@ def test_a_quick_run_is_a_function_too() -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_an_interrupted_run_shows_what_it_has_judged(number: int, tmp_path: Path) -> None:
     words = command("chunk", "--budget", "10m", "-n", "1", "--json", str(tmp_path / "x.json"))
-    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stderr
-    # The first line of progress.
-    assert "laws" in process.stderr.readline()
-    os.kill(process.pid, number)
-    output, _ = process.communicate(timeout=600)
+    # In the background of a script Ctrl-C is ignored, by children too; a handler is not inherited.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        signal.signal(signal.SIGINT, before)
+        try:
+            assert process.stderr
+            # The first line of progress.
+            assert "laws" in process.stderr.readline()
+            os.kill(process.pid, number)
+            output, _ = process.communicate(timeout=120)
+        finally:
+            process.kill()
     assert process.returncode == 1
     assert re.search(r"titans: interrupted: \d+ of \d+ laws and fixtures not judged", output), output
     assert re.search(r"ERROR|tests have no result", output)
