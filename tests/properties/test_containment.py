@@ -95,6 +95,8 @@ def test_ordinary_errors_stay_what_they_are() -> None:
 
 
 def test_who_presses_ctrl_c_ends_the_run() -> None:
+    # In the background of a script Ctrl-C is ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     stop = heed_interrupts()
     try:
         with pytest.raises(KeyboardInterrupt), answering():
@@ -102,6 +104,7 @@ def test_who_presses_ctrl_c_ends_the_run() -> None:
     finally:
         stop()
         interrupted.clear()
+        signal.signal(signal.SIGINT, before)
 
 
 def test_an_example_that_does_not_end_is_ended_in_time() -> None:
