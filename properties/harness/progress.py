@@ -121,7 +121,7 @@ def watch(config: pytest.Config, terminal: int) -> None:
 def takes(config: pytest.Config) -> str:
     """Say how long the run will take."""
     if (before := duration_before(config)) is None:
-        return "the first run with these options here; all backends take about 8 minutes on two cores"
+        return "the first run with these options here; all backends take about 15 minutes on two cores"
     return f"the last run with these options took {duration(before)} here"
 
 
