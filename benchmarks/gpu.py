@@ -224,7 +224,7 @@ def main() -> None:
     device, backend = options.device, options.backend
     cases = [Case(Shape(*map(int, options.shape.split(","))))] if options.shape else [*CASES, *LONG_CHUNKS]
     cases = LONG_CHUNKS if options.long_chunks else cases
-    warnings.simplefilter("ignore")  # fla warns of what is not installed
+    warnings.simplefilter("ignore")  # fla warns of packages that are not installed
     print(environment(f"python -m benchmarks.gpu {' '.join(sys.argv[1:])}".strip(), device), end="\n\n")
 
     verdicts: list[bool] = []

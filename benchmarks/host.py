@@ -1,4 +1,4 @@
-"""Time of the host for a call of the Triton backend: what is left of it where the GPU is faster than its launches.
+"""Time of the host for a call of the Triton backend: the whole time of the call, where the GPU is faster.
 
     python -m benchmarks.host                          # needs a CUDA GPU
     PYTHONPATH=OTHER python benchmarks/host.py         # the same of another version of this repository

@@ -40,7 +40,7 @@ class Contender:
 
 
 def contenders(device: str, C: int) -> list[Contender]:
-    """Return what is timed."""
+    """Return the call that is timed."""
     if device == "cuda":
         return [
             Contender("titans", lambda x: titans(x, C, "triton")),
@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="times each call is timed (5)")
     parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="for `python -m properties atlas`")
     options = parser.parse_args()
-    warnings.simplefilter("ignore")  # fla warns of what is not installed
+    warnings.simplefilter("ignore")  # fla warns of packages that are not installed
     B, H, D, C, _, dtype = SIZES[options.device]
     about = provenance(["python", "-m", "benchmarks.lengths", *sys.argv[1:]], options.device)
     about["versions"] += f"; {dtype}, (B, H, D) = {(B, H, D)}, C = {C}, {torch.get_num_threads()} host thread(s)"

@@ -185,7 +185,7 @@ def main() -> int:
 
 
 def write(path: Path | None, outcomes: Sequence[Outcome | Kill]) -> None:
-    """Write what was found, where a file was asked for: `python -m properties atlas` draws outcomes as a matrix."""
+    """Write the outcomes, where a file was asked for: `python -m properties atlas` draws outcomes as a matrix."""
     if path:
         kind = "titans quick faults" if any(isinstance(x, Kill) for x in outcomes) else "titans faults"
         about = provenance(["python", "-m", "faults", *sys.argv[1:]], "cpu")

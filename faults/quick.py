@@ -55,7 +55,7 @@ class Kill:
 
 
 def measure(faults: Sequence[Fault], budget: float, workers: int) -> list[Kill]:
-    """Let the quick run look at each fault until it notices, and print what it says."""
+    """Let the quick run look at each fault until it notices, and print its verdict."""
     kills = []
     for fault in faults:
         kills.append(quick(fault, budget, workers))
@@ -73,7 +73,7 @@ def measure(faults: Sequence[Fault], budget: float, workers: int) -> list[Kill]:
 
 
 def line(kill: Kill) -> str:
-    """Show what the quick run says of a fault."""
+    """Show the verdict of the quick run on a fault."""
     time = f"{kill.seconds:.1f} s, computing {kill.computing:.1f} s"
     said = f"{kill.fault}  [{kill.backend}, {time}, {kill.examples} examples]"
     return f"killed    {said}\n          {kill.law}" if kill.law else f"SURVIVED  {said}"

@@ -274,17 +274,16 @@ def command(*arguments: str) -> list[str]:
 def test_a_quick_run_judges_a_wrong_kernel_and_survives_one_that_dies(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     targets = ("tests.properties.mistaken:without_factor", "tests.properties.misbehaving:dies")
-    words = (*targets, "--budget", "60s", "-n", "2", "--select", "any_small", "--json", str(path))
+    words = (*targets, "--budget", "4m", "-n", "2", "--select", "any_small", "--json", str(path))
     done = subprocess.run(command(*words), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1, done.stdout + done.stderr
     document = json.loads(path.read_text())
     assert document["profile"] == "quick"
-    # Both end before their time: nothing is left to do.
-    assert document["seconds"] < 100
+    # Both end before their time, which a busy machine may need to shrink in: nothing is left to do.
+    assert document["seconds"] < 400
     failed, died = document["verdicts"]
     assert (failed["verdict"], died["verdict"]) == ("fail", "error")
-    # How far it shrinks depends on the time that is left.
-    assert Problem.from_json(failed["failing_problem"]).tokens >= 1
+    assert Problem.from_json(failed["failing_problem"]).tokens == 1
     assert "ended by SIGKILL" in died["message"]
 
 
