@@ -53,6 +53,11 @@ def recurrent(
     return torch.stack(o, 1) if o else q.clone(), M, S, anchor
 
 
+def copied(x: Tensor) -> Tensor:
+    """Copy a tensor to contiguous memory of its own, which no result shares with an argument."""
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 def forward(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The definition in the compute dtype: o, and the final M, S and anchor; packed sequences are run one by one."""
     dtype = compute_dtype(call.q.dtype)
@@ -61,16 +66,14 @@ def forward(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     offset = call.M.new_zeros(call.M.shape[0], dtype=torch.int64) if call.offset is None else call.offset
 
     def run(tokens: slice, n: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        q, k, v = (x[:, tokens].to(dtype) for x in (call.q, call.k, call.v))
+        # copies: by strides and address a library chooses the order of its sums
+        q, k, v = (copied(x[:, tokens].to(dtype)) for x in (call.q, call.k, call.v))
         gates = (x[:, tokens] for x in (theta, a, eta))
-        states = (x[n] for x in (call.M, call.S, call.anchor, offset))
+        states = (copied(x[n]) for x in (call.M, call.S, call.anchor, offset))
         return recurrent(q, k, v, w, b, *gates, *states, call.eps, call.chunk_size)  # type: ignore[call-arg, arg-type]
 
     if call.cu_seqlens is None:
         o, M, S, anchor = run(slice(None), slice(None))
-        if not call.q.shape[1]:
-            # no result shares memory with an argument
-            M, S, anchor = M.clone(), S.clone(), anchor.clone()
     else:
         bounds = _bounds(call)
         runs = [run(slice(*bounds[n : n + 2]), slice(n, n + 1)) for n in range(len(bounds) - 1)]
