@@ -24,6 +24,7 @@ import hypothesis
 import torch
 from hypothesis import Phase, settings
 
+from faults import suite
 from faults.answers import keep_answers
 from faults.plant import ROOT, Fault, load, plant
 from faults.quick import Kill, collect, measure
@@ -155,7 +156,11 @@ def main() -> int:
     parser.add_argument("--budget", type=float, default=60, help="the seconds of such a run (60)")
     parser.add_argument("--collect", action="store_true", help="store the problems that a quick run begins with")
     parser.add_argument("--backend", help="only the faults of this backend")
+    parser.add_argument("--suite", action="store_true", help="mutants of the suite itself, and its unit tests")
     options = parser.parse_args()
+    if options.suite:
+        killed = suite.measure([fault for fault in suite.load() if options.select in fault.name], options.n)
+        return not all(kill.test for kill in killed)
     faults = [fault for fault in load() if options.select in fault.name and options.backend in (None, fault.backend)]
     if options.collect:
         return bool(collect(faults))

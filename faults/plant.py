@@ -37,6 +37,10 @@ class Hunk:
         return source.replace(self.before, self.after)
 
 
+# Hunks by path, from the root of the repository.
+Changes = Mapping[str, tuple[Hunk, ...]]
+
+
 @dataclass(frozen=True)
 class Fault:
     """A mutant of the op: a small change of a kind that is made by mistake.
@@ -50,44 +54,55 @@ class Fault:
     laws : tuple of str
         Those that must notice, without their `test_`.
     changes : dict of str: tuple of Hunk
-        By path, from the root of the repository.
+        See `Changes`.
     """
 
     name: str
     backend: str
     laws: tuple[str, ...]
-    changes: Mapping[str, tuple[Hunk, ...]]
+    changes: Changes
 
     @classmethod
     def parse(cls, text: str) -> "Fault":
         """Read a patch: lines `fault:`, `backend:` and `law:`, then a unified diff."""
-        head, *files = re.split(r"^--- a/", text, flags=re.MULTILINE)
-        fields: dict[str, list[str]] = {"fault": [], "backend": [], "law": []}
-        for line in head.splitlines():
-            key, _, value = line.partition(": ")
-            fields[key].append(value)
+        fields, changes = read(text, ("fault", "backend", "law"))
         (name,), (backend,) = fields["fault"], fields["backend"]
-        changes = {}
-        for file in files:
-            _, *hunks = re.split(r"^@@.*\n", file, flags=re.MULTILINE)
-            changes[file.partition("\n")[0]] = tuple(map(Hunk.parse, hunks))
         return cls(name, backend, tuple(fields["law"]), changes)
 
     def sources(self) -> dict[str, str]:
-        """Return the changed sources by their paths.
+        """Return the changed sources; see `changed`."""
+        return changed(self.changes)
 
-        Raises
-        ------
-        ValueError
-            If a hunk does not fit: the code has changed, and so must the patch.
-        """
-        sources = {}
-        for path, hunks in self.changes.items():
-            source = (ROOT / path).read_text()
-            for hunk in hunks:
-                source = hunk.apply(source, path)
-            sources[path] = source
-        return sources
+
+def read(text: str, keys: Sequence[str]) -> tuple[dict[str, list[str]], Changes]:
+    """Return the lines `key: value` of a patch by their keys, and the hunks of the unified diff below them by path."""
+    head, *files = re.split(r"^--- a/", text, flags=re.MULTILINE)
+    fields: dict[str, list[str]] = {key: [] for key in keys}
+    for line in head.splitlines():
+        key, _, value = line.partition(": ")
+        fields[key].append(value)
+    changes = {}
+    for file in files:
+        _, *hunks = re.split(r"^@@.*\n", file, flags=re.MULTILINE)
+        changes[file.partition("\n")[0]] = tuple(map(Hunk.parse, hunks))
+    return fields, changes
+
+
+def changed(changes: Changes) -> dict[str, str]:
+    """Return the changed sources by their paths.
+
+    Raises
+    ------
+    ValueError
+        If a hunk does not fit: the code has changed, and so must the patch.
+    """
+    sources = {}
+    for path, hunks in changes.items():
+        source = (ROOT / path).read_text()
+        for hunk in hunks:
+            source = hunk.apply(source, path)
+        sources[path] = source
+    return sources
 
 
 def load() -> tuple[Fault, ...]:

@@ -148,6 +148,24 @@ def returns_half_a_state(*arguments: Any, **options: Any) -> Any:
     return o, (state.M, state.S)
 
 
+def returns_an_early_offset(*arguments: Any, **options: Any) -> Any:
+    """Return the right numbers, and an offset that is one too small."""
+    o, state = titans.chunk_titans_linear(*arguments, **options)
+    return o, state._replace(offset=state.offset - 1)
+
+
+def returns_wide_outputs(*arguments: Any, **options: Any) -> Any:
+    """Return the right numbers in float64."""
+    o, state = titans.chunk_titans_linear(*arguments, **options)
+    return o.double(), state
+
+
+def returns_heads_first(*arguments: Any, **options: Any) -> Any:
+    """Return o as (B, H, T, D)."""
+    o, state = titans.chunk_titans_linear(*arguments, **options)
+    return o.transpose(1, 2), state
+
+
 class Module(torch.nn.Module):
     """A module with a parameter and with attributes of its own whose names mean something else to the suite."""
 

@@ -155,6 +155,9 @@ def test_an_alarm_of_somebody_else_still_comes() -> None:
         ("returns_text", r"must return \(o, state\), o a tensor, got str"),
         ("returns_no_state", r"must return \(o, state\), got no state without the tensors M, S, anchor, offset"),
         ("returns_half_a_state", "a final state must be M, S, anchor and offset, got 2 things"),
+        ("returns_an_early_offset", r"`offset` must be \[1\], got \[0\]"),
+        ("returns_wide_outputs", r"`o` must be \(\(1, 3, 1, 2\), torch.float32\), got .*float64"),
+        ("returns_heads_first", r"`o` must be \(\(1, 3, 1, 2\), .*, got \(torch.Size\(\[1, 1, 3, 2\]\)"),
     ],
 )
 def test_an_implementation_that_returns_something_else_is_told(subject: str, said: str) -> None:
