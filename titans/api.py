@@ -91,6 +91,7 @@ def chunk_titans_linear(
     flags = {"output_final_state": output_final_state, "log_gates": log_gates}
     eps, chunk_size = validation.check_options(eps, chunk_size, backend, q, **flags)
     validation.check_parameters(w, b, q)
+    w, b = _widened(w, q), _widened(b, q)
     theta, alpha, eta = (
         validation.check_gate(name, gate, q, "(B, T, H)")
         for name, gate in (("theta", theta), ("alpha", alpha), ("eta", eta))
@@ -226,6 +227,7 @@ def titans_linear_step(
     validation.check_tokens(q_t, k_t, v_t, "(B, H, D)", "_t")
     eps, chunk_size = validation.check_options(eps, chunk_size, backend, q_t, log_gates=log_gates, in_place=in_place)
     validation.check_parameters(w, b, q_t)
+    w, b = _widened(w, q_t), _widened(b, q_t)
     theta_t, alpha_t, eta_t = (
         validation.check_gate(name, gate, q_t, "(B, H)")
         for name, gate in (("theta_t", theta_t), ("alpha_t", alpha_t), ("eta_t", eta_t))
@@ -258,6 +260,14 @@ def _decode(call: Call, state: DecodeState, backend: Backend) -> tuple[Tensor, D
     call = call._replace(M=None, S=None, anchor=None)  # type: ignore[arg-type]
     given = (x for name, x in call._asdict().items() if name not in ("M", "S", "anchor", "offset", "cu_seqlens"))
     return decode(*given, *state, backend == "triton")[:, 0], state
+
+
+def _widened(x: Tensor | None, q: Tensor) -> Tensor | None:
+    """w or b in a dtype that holds those of q, too.
+
+    Triton lays a product out by the narrowest dtype that its operands come from, and so its bits would depend on it.
+    """
+    return None if x is None else x.to(torch.promote_types(x.dtype, q.dtype))
 
 
 def _initial_state(state: InitialState, N: int, q: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+import titans.api
 from titans import TitansState, check_gates, check_layout, chunk_titans_linear, titans_linear, titans_linear_step
+from titans.arguments import Call
 
 B, T, H, D, C = 3, 7, 2, 4, 3
 NAMES = ("q", "k", "v", "w", "b", "theta", "alpha", "eta")
@@ -123,6 +125,20 @@ def test_the_offset_counts_the_tokens_of_the_running_chunk(backend: str) -> None
         _, final = chunk_titans_linear(**given, backend=backend)
         assert final is not None
         assert final.offset.tolist() == ends
+
+
+@pytest.mark.parametrize("narrow", [torch.float16, torch.bfloat16], ids=str)
+def test_kernels_see_w_and_b_in_no_narrower_dtype_than_the_tokens(
+    narrow: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    real = titans.api.chunked
+    monkeypatch.setattr(titans.api, "chunked", lambda *call: seen.append(Call(*call[:-1])) or real(*call))
+    given = arguments()
+    w, b = (given[name].to(narrow).requires_grad_() for name in "wb")
+    o, _ = chunk_titans_linear(**given | {"w": w, "b": b}, backend="chunk")
+    assert seen[0].w.dtype == seen[0].b.dtype == torch.float32
+    assert {x.dtype for x in torch.autograd.grad(o.sum(), (w, b))} == {narrow}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
