@@ -1,7 +1,9 @@
 """Does `verify` say of an implementation what the suite says, in a form that programs can read?"""
 
+import functools
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -347,3 +349,18 @@ def test_the_loop_of_the_readme_ends_when_all_is_well(tmp_path: Path, monkeypatc
     assert asked == [("my_kernel:memory", "60s")] * 2 + [("my_kernel:memory", None)]
     assert written == [("my_kernel.py", LAW, PROBLEM, BROKEN.message)]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "verdicts.json"]
+
+
+def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path: Path) -> None:
+    (tmp_path / "hypothesis.py").write_text("raise ModuleNotFoundError('no', name='hypothesis')\n")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    run = functools.partial(subprocess.run, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = run([sys.executable, "-m", "properties", "verify", "chunk", "--quick"])
+    assert (done.returncode, done.stdout) == (2, "")
+    advice = "the suite needs hypothesis, which is not installed here; run\n"
+    assert done.stderr.startswith(f"python -m properties: {advice}    {sys.executable} -m pip install mpmath==")
+    assert done.stderr.endswith("\nor use .venv/bin/python, which `make .venv/.ready` makes\n")
+    # A program sees an error.
+    done = run([sys.executable, "-c", "from properties import verify"])
+    assert done.returncode == 1
+    assert f"ModuleNotFoundError: {advice}" in done.stderr
