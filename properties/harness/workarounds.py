@@ -7,6 +7,7 @@ Tried on Hypothesis 6.170.15, Triton 3.7.1 and CPython 3.11. Where one of the in
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from hypothesis.internal.conjecture.providers import AVAILABLE_PROVIDERS, HypothesisProvider
 
 INDEPENDENT = "independent"
@@ -48,6 +49,25 @@ def patch_once() -> None:
         return self.rewrite()(*arguments, **options)
 
     function.run, function.__call__ = run, call
+
+
+def sum_in_order() -> None:
+    """Let a product of Triton's interpreter sum from the first term to the last.
+
+    NumPy leaves its products to a library, whose order depends on the shape and on the processor: on some, a row of a
+    product has other bits than the same row alone.
+    """
+    from triton.runtime import interpreter
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *precision: Any) -> Any:
+        x, y = (np.asarray(tile.data, d.data.dtype) for tile in (a, b))
+        with np.errstate(all="ignore"):
+            total = x[..., :, :1] * y[..., :1, :]
+            for i in range(1, x.shape[-1]):
+                total += x[..., :, i : i + 1] * y[..., i : i + 1, :]
+            return interpreter.TensorHandle(total + d.data, d.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
 
 
 def with_room(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,8 +2,11 @@
 
 import inspect
 import sys
+from typing import Any
 
+import numpy as np
 import pytest
+import triton.language as tl
 from hypothesis.internal.conjecture import engine, providers
 
 from properties.harness import workarounds
@@ -38,8 +41,25 @@ def test_the_interpreter_has_the_parts_that_are_patched() -> None:
         (interpreter.InterpretedFunction, "run"),
         (interpreter.InterpretedFunction, "rewrite"),
         (interpreter.InterpretedFunction, "__call__"),
+        (interpreter.InterpreterBuilder, "create_dot"),
     ):
-        assert hasattr(owner, name), f"Triton's interpreter has no {name}: patch_once must follow it, or go"
+        assert hasattr(owner, name), f"Triton's interpreter has no {name}: {workarounds.__name__} must follow it, or go"
+
+
+def test_a_row_of_an_interpreted_product_has_the_bits_of_the_row_alone() -> None:
+    from triton.runtime import interpreter
+
+    workarounds.sum_in_order()
+    numbers = np.random.default_rng(0)
+    x, y = (numbers.standard_normal(shape).astype(np.float32) for shape in ((64, 64), (64, 32)))
+
+    def product(x: Any, y: Any) -> Any:
+        tiles = (interpreter.TensorHandle(tile, tl.float32) for tile in (x, y, np.zeros((len(x), y.shape[1]), "f4")))
+        return interpreter.InterpreterBuilder().create_dot(*tiles, None, None).data
+
+    for row in range(64):
+        for columns in (slice(1), slice(None)):
+            assert (product(x[row : row + 1], y[:, columns]) == product(x, y)[row, columns]).all()
 
 
 def test_the_interpreter_patches_the_language_once_in_a_launch_and_computes_the_same(
