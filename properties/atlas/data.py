@@ -132,9 +132,10 @@ def add(atlas: Atlas, shards: list[Run], path: Path, content: Any) -> None:
 def header(run: Run) -> dict[str, str]:
     """Return date, device, versions and command of a run."""
     about = {name: str(run.header[name]) for name in ("date", "device", "command")}
+    about["date"] = about["date"].partition("T")[0]
     about["versions"] = ", ".join(f"{name} {number}" for name, number in run.header["versions"].items())
-    # The lines of the header after that of the versions: implementations, device and profile.
-    return about | {"device": "; ".join([about["device"], *(x.removeprefix("titans: ") for x in run.about[1:])])}
+    # The line of the header after that of the versions: implementations, device and profile.
+    return about | {"device": "; ".join([about["device"], *(x.removeprefix("titans: ") for x in run.about[1:2])])}
 
 
 def add_maps(atlas: Atlas, path: Path, content: Mapping[str, Any]) -> None:

@@ -50,11 +50,12 @@ def faults(number: int, measured: Measured) -> Picture:
              "transform": [{"filter": "datum.must"}]},
         ],
     }  # fmt: skip
+    asked = "Only the laws that must notice were asked. " if "--named" in measured.about["command"] else ""
     survive = f"{len(alive)} survive: {', '.join(alive)}" if alive else "none survives"
     return Picture(
         name=f"faults-{number}",
         title="Planted faults and the laws that kill them",
-        caption="A dot marks a law that must notice the fault. The colour is the number of examples it needed.",
+        caption=f"{asked}A dot marks a law that must notice the fault. The colour is the number of examples it needed.",
         alt=f"Matrix of {len(measured.rows)} planted faults and {len(laws)} laws; {survive}. The table below has all.",
         spec=spec,
         abouts=[measured.about],

@@ -25,6 +25,37 @@ function restored(spec) {
   return Object.fromEntries(Object.entries(spec).map(([name, x]) => [name, restored(x)]));
 }
 
+// Write the rows of the worst cases, which are stored together by law and implementation; a line ends with an empty
+// problem.
+function fill(store) {
+  const body = document.querySelector(`#${store.dataset.rows} tbody`);
+  for (const { law, implementation, line, cases } of JSON.parse(store.textContent)) {
+    for (const [dtype, error, problem] of cases) {
+      const row = body.insertRow();
+      Object.assign(row.dataset, { implementation, dtype });
+      const head = document.createElement("th");
+      head.scope = "row";
+      head.textContent = law;
+      row.append(head);
+      for (const [of, text, kind] of [["", implementation], ["", dtype], ["error (ulp)", error, "number"]]) {
+        const cell = row.insertCell();
+        cell.dataset.of = of;
+        cell.textContent = text;
+        if (kind) cell.className = kind;
+      }
+      const cell = row.insertCell();
+      cell.dataset.of = "replay";
+      cell.className = "problem";
+      const code = document.createElement("code");
+      code.textContent = `${line.slice(0, -2)}'${problem}'`;
+      const button = document.createElement("button");
+      button.type = "button";
+      button.className = button.textContent = "copy";
+      cell.append(code, " ", button);
+    }
+  }
+}
+
 async function draw(picture) {
   const place = document.getElementById(picture.name);
   const room = place.clientWidth;
@@ -97,6 +128,7 @@ async function copy(button) {
   setTimeout(() => { button.textContent = "copy"; }, 1500);
 }
 
+document.querySelectorAll("script[data-rows]").forEach(fill);
 document.querySelectorAll("form.filters").forEach(filter);
 document.addEventListener("click", (event) => {
   if (event.target.matches("button.copy")) copy(event.target);

@@ -96,18 +96,22 @@ def worst_cases(runs: Sequence[Judged]) -> str:
             place = row.implementation, row.device, law, dtype
             if place[:3] in tests and math.isfinite(case[0]):
                 worst[place] = max(worst.get(place, case), case)
-    rows = (
-        f'<tr data-implementation="{escape(short(implementation, device))}" data-dtype="{dtype}">'
-        f'<th scope="row">{text(law.removeprefix("test_").replace("_", " "))}</th>'
-        + cell("", short(implementation, device))
-        + cell("", dtype)
-        + cell("error (ulp)", f"{error:.3g}", "number")
-        + command("replay", replay(tests[implementation, device, law], implementation, device, problem))
-        + "</tr>\n"
-        for (implementation, device, law, dtype), (error, problem) in sorted(worst.items())
-    )
+    cases: dict[tuple[str, str, str], list[tuple[str, str, str]]] = {}
+    for (*place, dtype), (error, problem) in sorted(worst.items()):
+        cases.setdefault(tuple(place), []).append((dtype, f"{error:.3g}", problem))
+    rows = [
+        {
+            "law": law.removeprefix("test_").replace("_", " "),
+            "implementation": short(implementation, device),
+            "line": replay(tests[implementation, device, law], implementation, device, ""),
+            "cases": found,
+        }
+        for (implementation, device, law), found in cases.items()
+    ]
     head = ("law", "implementation", "dtype", "#error (ulp)", "replay")
-    return table("worst", "The worst error of each law, implementation and dtype", head, rows, "long")
+    shell = table("worst", "The worst error of each law, implementation and dtype", head, (), "long")
+    # Written out, they would be a third of the page.
+    return f'{shell}<script type="application/json" data-rows="worst">{embedded(rows)}</script>\n'
 
 
 def replay(test: str, implementation: str, device: str, problem: str) -> str:
