@@ -27,8 +27,9 @@ from hypothesis import Phase, settings
 from faults import suite
 from faults.answers import keep_answers
 from faults.plant import ROOT, Fault, load, plant
-from faults.quick import Kill, collect, measure
+from faults.quick import Kill, collect, line, measure, summary
 from properties.atlas.provenance import provenance
+from properties.harness import files
 from properties.harness.draws import COMMON
 from properties.harness.facts import Recorder
 from properties.harness.implementations import Implementation, implementation, share_of
@@ -49,13 +50,14 @@ class Outcome:
     ----------
     caught : dict of str: int
         The laws that noticed, each with the examples it needed.
-    problem : str
-        The shrunken problem of the first of them.
+    law, problem : str
+        The first of them, and a problem with which it did, shrunken unless that was not wanted, as JSON.
     """
 
     fault: str
     must: Sequence[str]
     caught: dict[str, int] = field(default_factory=dict)
+    law: str = ""
     problem: str = ""
     seconds: float = 0.0
 
@@ -85,8 +87,8 @@ def draw(name: str, share: float, seed: int) -> list[Problem]:
     return drawn
 
 
-def examples_needed(name: str, subject: Implementation, problems: Sequence[Problem]) -> int:
-    """Put an implementation before a law; return how many problems it took to fail, or 0 if it did not."""
+def examples_needed(name: str, subject: Implementation, problems: Sequence[Problem]) -> tuple[int, str]:
+    """Put an implementation before a law; return how many problems it took to fail, or 0, and the last of them."""
     recorder = Recorder()
     for problem in problems:
         try:
@@ -96,7 +98,7 @@ def examples_needed(name: str, subject: Implementation, problems: Sequence[Probl
             if not recorder.facts.failing_call:
                 raise
             break
-    return recorder.facts.failing_call
+    return recorder.facts.failing_call, recorder.facts.failing_problem
 
 
 def smallest_problem(name: str, subject: Implementation, seed: int) -> str:
@@ -105,8 +107,7 @@ def smallest_problem(name: str, subject: Implementation, seed: int) -> str:
     test = PROPERTIES[name].test(recorder, subject.share, phases=phases, report_multiple_bugs=False)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Exception):
         hypothesis.seed(seed)(test)(subject)
-    problem = recorder.facts.failing_problem
-    return repr(Problem.from_json(problem)) if problem else ""
+    return recorder.facts.failing_problem
 
 
 def examine(fault: Fault, asked: Mapping[str, Sequence[Problem]], seed: int, shrink: bool) -> Outcome:
@@ -120,12 +121,15 @@ def examine(fault: Fault, asked: Mapping[str, Sequence[Problem]], seed: int, shr
     with tempfile.TemporaryDirectory() as folder:
         plant(fault, Path(folder))
         subject = implementation(fault.backend, "cpu")
+        failing = {}
         for name, problems in asked.items():
-            if PROPERTIES[name].needs <= subject.claims and (calls := examples_needed(name, subject, problems)):
-                outcome.caught[name.removeprefix("test_")] = calls
-        if outcome.caught and shrink:
-            first = min(outcome.caught, key=lambda law: (law not in fault.laws, outcome.caught[law]))
-            outcome.problem = smallest_problem(f"test_{first}", subject, seed)
+            if PROPERTIES[name].needs <= subject.claims:
+                calls, failing[name] = examples_needed(name, subject, problems)
+                outcome.caught |= {name.removeprefix("test_"): calls} if calls else {}
+        if outcome.caught:
+            outcome.law = min(outcome.caught, key=lambda law: (law not in fault.laws, outcome.caught[law]))
+            name = f"test_{outcome.law}"
+            outcome.problem = (smallest_problem(name, subject, seed) if shrink else "") or failing[name]
     outcome.seconds = time.monotonic() - begin
     return outcome
 
@@ -137,7 +141,7 @@ def report(outcome: Outcome) -> str:
     lines = [f"{verdict}  {outcome.fault}  [{len(named)} laws, {outcome.seconds:.0f} s]"]
     lines += [f"          {text}" for text in named]
     lines += [f"          NOT by {law}" for law in outcome.missing]
-    lines += [f"          {outcome.problem}"] if outcome.problem else []
+    lines += [f"          {Problem.from_json(outcome.problem)}"] if outcome.problem else []
     return "\n".join(lines)
 
 
@@ -154,7 +158,9 @@ def main() -> int:
         "--quick", action="store_true", help="see how soon `properties verify --quick` kills each fault"
     )
     parser.add_argument("--budget", type=float, default=60, help="the seconds of such a run (60)")
-    parser.add_argument("--collect", action="store_true", help="store the problems that a quick run begins with")
+    parser.add_argument(
+        "--collect", type=Path, metavar="FILE", help="store the problems of --json's file: a quick run begins with them"
+    )
     parser.add_argument("--backend", help="only the faults of this backend")
     parser.add_argument("--suite", action="store_true", help="mutants of the suite itself, and its unit tests")
     options = parser.parse_args()
@@ -163,10 +169,14 @@ def main() -> int:
         return not all(kill.test for kill in killed)
     faults = [fault for fault in load() if options.select in fault.name and options.backend in (None, fault.backend)]
     if options.collect:
-        return bool(collect(faults))
+        return bool(collect(json.loads(options.collect.read_text())["rows"], faults, options.n))
     if options.quick:
-        kills = measure(faults, options.budget, options.n)
-        write(options.json, kills)
+        kills: list[Kill] = []
+        for kill in measure(faults, options.budget, options.n):
+            kills.append(kill)
+            print(line(kill), flush=True)
+            write(options.json, kills)
+        print(*summary(kills, options.budget), sep="\n")
         return not all(kill.law for kill in kills)
     outcomes = []
     # A fresh child for each: a fault is planted where the op has never been imported.
@@ -183,9 +193,10 @@ def main() -> int:
         for result in waiting:
             outcomes.append(result.get())
             print(report(outcomes[-1]), flush=True)
+            # A run that is cut off has measured something.
+            write(options.json, outcomes)
     missed = [x.fault for x in outcomes if x.missing or not x.caught]
     print(f"{len(outcomes) - len(missed)} of {len(outcomes)} faults caught by every law that must; seed {options.seed}")
-    write(options.json, outcomes)
     return bool(missed)
 
 
@@ -195,7 +206,7 @@ def write(path: Path | None, outcomes: Sequence[Outcome | Kill]) -> None:
         kind = "titans quick faults" if any(isinstance(x, Kill) for x in outcomes) else "titans faults"
         about = provenance(["python", "-m", "faults", *sys.argv[1:]], "cpu")
         content = {"kind": kind, "about": about, "rows": [asdict(x) for x in outcomes]}
-        path.write_text(json.dumps(content, indent=1) + "\n")
+        files.write(path, json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
 """Planted faults and the quick run: how soon it kills them, and the problems that it begins with."""
 
 import contextlib
+import functools
 import json
 import multiprocessing
 import os
 import resource
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +23,11 @@ from properties.harness.implementations import Implementation, implementation
 from properties.harness.laws import PROPERTIES
 from properties.harness.quick import Quick, prepare_environment
 from properties.harness.subjects import Subject
-from properties.harness.worker import failing, quietly, size
+from properties.harness.worker import quietly
 from properties.problems.problem import Problem
 
-# The seconds in which the smallest problem of a fault is looked for.
-SEARCH = 40
+# Of a quick run: it is meant for a machine with two cores.
+PROCESSES = 2
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Kill:
     ----------
     fault, backend : str
     law : str
-        The first law that noticed; empty: none did.
+        The first law that noticed, and that the op obeys with the same problem without the fault; empty: none did.
     problem : str
         The problem with which it did.
     seconds, computing : float
@@ -54,22 +56,30 @@ class Kill:
     examples: int
 
 
-def measure(faults: Sequence[Fault], budget: float, workers: int) -> list[Kill]:
-    """Let the quick run look at each fault until it notices, and print its verdict."""
-    kills = []
-    for fault in faults:
-        kills.append(quick(fault, budget, workers))
-        print(line(kills[-1]), flush=True)
+def measure(faults: Sequence[Fault], budget: float, processes: int) -> Iterator[Kill]:
+    """Let a quick run of at most two processes look at each fault until it notices, several runs at a time."""
+    each = min(PROCESSES, processes)
+    # Not daemons, so that they may have processes themselves. None of them imports the op.
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(processes // each, mp_context=context) as pool:
+        yield from pool.map(functools.partial(quick, budget=budget, workers=each), faults)
+
+
+def summary(kills: Sequence[Kill], budget: float) -> list[str]:
+    """Say of each backend how many faults were killed, and how soon."""
+    lines = []
     for backend in dict.fromkeys(kill.backend for kill in kills):
         of = [kill for kill in kills if kill.backend == backend]
         killed = [kill for kill in of if kill.law]
-        print(f"{backend}: {len(killed)} of {len(of)} faults killed; {workers} processes, {budget:g} s")
+        lines.append(f"{backend}: {len(killed)} of {len(of)} faults killed within {budget:g} s")
         if killed:
             times, work = (sorted(getattr(kill, x) for kill in killed) for x in ("seconds", "computing"))
             median = len(killed) // 2
-            print(f"    after {times[median]:.1f} s in the median, {times[-1]:.1f} s at most", end="")
-            print(f"; computing {work[median]:.1f} s in the median, {work[-1]:.1f} s at most")
-    return kills
+            lines.append(
+                f"    after {times[median]:.1f} s in the median, {times[-1]:.1f} s at most; "
+                f"computing {work[median]:.1f} s in the median, {work[-1]:.1f} s at most"
+            )
+    return lines
 
 
 def line(kill: Kill) -> str:
@@ -97,7 +107,16 @@ def quick(fault: Fault, budget: float, workers: int) -> Kill:
     first = next((row for row in rows if row.test in broken), None)
     calls = sum(now.total("calls") for now in run.schedule.standing.values())
     law, problem = (first.law, first.failing_problem) if first else ("", "")
+    if law in PROPERTIES and problem and not apart(obeyed, (fault.backend, [(law, problem)])):
+        # An alarm, and no kill: something is wrong with the op as it is, or with this machine.
+        law = ""
     return Kill(fault.name, fault.backend, law, problem, seconds, computing, calls)
+
+
+def apart(function: Callable[[Any], Any], argument: Any) -> Any:
+    """Return the result of a function in a fresh process, which has imported no fault."""
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        return pool.apply(function, (argument,))
 
 
 def computed() -> float:
@@ -106,32 +125,91 @@ def computed() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def collect(faults: Sequence[Fault]) -> int:
+# A law, and a problem as JSON.
+Pair = tuple[str, str]
+
+
+def collect(outcomes: Sequence[Mapping[str, Any]], faults: Sequence[Fault], workers: int) -> int:
     """Store a problem for each fault that no stored one kills; return how many faults have none.
 
-    A fault that a stored problem of its backend kills is noted with that one. The problems that kill most come first.
+    A fault that a stored problem kills is noted with that one. The file is written after each fault.
+
+    Parameters
+    ----------
+    outcomes : sequence of mapping
+        The rows that `python -m faults --json` has written: what killed each fault.
+    faults : sequence of Fault
+    workers : int
+        Processes.
     """
+    found = {row["fault"]: (f"test_{row['law']}", row["problem"]) for row in outcomes if row["problem"]}
     stored = json.loads(corpus.KILLERS.read_text()) if corpus.KILLERS.exists() else []
     noted = {name for entry in stored for name in entry["kills"]}
+    missing = [fault for fault in faults if fault.name not in noted]
     without = 0
     # A fresh child for each: a fault is planted where the op has never been imported.
-    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
-        for fault in faults:
-            if fault.name in noted:
-                continue
-            candidates = [entry for entry in stored if entry["backend"] == fault.backend]
-            number, entry = pool.apply(killer, (fault, candidates))
-            if number is not None:
-                candidates[number]["kills"].append(fault.name)
-            elif entry:
-                stored.append(entry)
-            without += number is None and entry is None
-            said = (
-                "known" if number is not None else f"{entry['law']} {json.dumps(entry['problem'])}" if entry else "NONE"
-            )
-            print(f"{fault.name}: {said}", flush=True)
-            store(stored)
+    with multiprocessing.get_context("fork").Pool(workers, maxtasksperchild=1) as pool:
+        candidates = {
+            fault.name: [*known(fault.backend, stored), *filter(None, [found.get(fault.name)])] for fault in missing
+        }
+        asked = {(fault.backend, pair) for fault in missing for pair in candidates[fault.name]}
+        sound = {pair for part in pool.map(obeyed, parts(sorted(asked), workers)) for pair in part}
+        for backend, pair in sorted(asked - sound):
+            print(f"not taken, since {backend} breaks it without a fault: {' '.join(pair)}", flush=True)
+        jobs = [(fault, [x for x in candidates[fault.name] if (fault.backend, x) in sound]) for fault in missing]
+        for name, backend, killer in pool.imap_unordered(killing, jobs):
+            without += killer is None
+            print(f"{name}: {' '.join(killer) if killer else 'NONE'}", flush=True)
+            if killer:
+                note(stored, name, backend, *killer)
+                store(stored)
     return without
+
+
+def known(backend: str, stored: Sequence[Mapping[str, Any]]) -> list[Pair]:
+    """Return the stored problems of a backend with their laws, those that kill most first."""
+    return [(entry["law"], json.dumps(entry["problem"])) for entry in stored if entry["backend"] == backend]
+
+
+def parts(asked: Sequence[tuple[str, Pair]], number: int) -> list[tuple[str, list[Pair]]]:
+    """Cut into parts what is asked about each backend."""
+    of = {backend: [pair for x, pair in asked if x == backend] for backend, _ in asked}
+    return [(backend, part) for backend, pairs in of.items() for i in range(number) if (part := pairs[i::number])]
+
+
+def obeyed(asked: tuple[str, Sequence[Pair]]) -> list[tuple[str, Pair]]:
+    """Return the laws that a backend without a fault obeys with their problems, or does not claim."""
+    backend, pairs = asked
+    subject = judged(backend)
+    return [(backend, pair) for pair in pairs if not breaks(*pair, subject)]
+
+
+def killing(job: tuple[Fault, Sequence[Pair]]) -> tuple[str, str, Pair | None]:
+    """Plant a fault in this process; return it, and the first of the laws with problems that kills it."""
+    fault, candidates = job
+    with tempfile.TemporaryDirectory() as folder:
+        plant(fault, Path(folder))
+        subject = judged(fault.backend)
+        return fault.name, fault.backend, next((pair for pair in candidates if breaks(*pair, subject)), None)
+
+
+def judged(backend: str) -> Implementation:
+    """Return a backend as this process has it, and prepare the process as a quick run does."""
+    torch.set_num_threads(1)
+    prepare_environment("cpu")
+    subject = implementation(backend, "cpu")
+    quietly()
+    return subject
+
+
+def note(entries: list[dict[str, Any]], fault: str, backend: str, law: str, problem: str) -> None:
+    """Add a fault to the entry of its backend that has this problem, or add an entry."""
+    fields = json.loads(problem)
+    for entry in entries:
+        if (entry["law"], entry["backend"], entry["problem"]) == (law, backend, fields):
+            entry["kills"].append(fault)
+            return
+    entries.append({"law": law, "backend": backend, "kills": [fault], "problem": fields})
 
 
 def store(entries: list[dict[str, Any]]) -> None:
@@ -141,39 +219,10 @@ def store(entries: list[dict[str, Any]]) -> None:
     files.write(corpus.KILLERS, f"[\n{lines}\n]\n")
 
 
-def killer(fault: Fault, candidates: Sequence[dict[str, Any]]) -> tuple[int | None, dict[str, Any] | None]:
-    """Plant a fault in this process; return the number of the first problem that kills it, or else a small new one."""
-    torch.set_num_threads(1)
-    prepare_environment("cpu")
-    with tempfile.TemporaryDirectory() as folder:
-        plant(fault, Path(folder))
-        subject = implementation(fault.backend, "cpu")
-        quietly()
-        for i, entry in enumerate(candidates):
-            if breaks(entry["law"], subject, Problem.from_json(json.dumps(entry["problem"]))):
-                return i, None
-        for law in fault.laws:
-            if problem := smallest(f"test_{law}", subject):
-                fields = json.loads(problem)
-                return None, {
-                    "law": f"test_{law}", "backend": fault.backend, "kills": [fault.name], "problem": fields,
-                }  # fmt: skip
-    return None, None
-
-
-def breaks(law: str, subject: Implementation, problem: Problem) -> bool:
-    """Whether an implementation breaks a law with a problem."""
-    recorder = Recorder()
-    if posed := PROPERTIES[law].posed(subject, problem):
+def breaks(law: str, problem: str, subject: Implementation) -> bool:
+    """Whether an implementation breaks a law that it has to obey, with a problem."""
+    recorder, asked = Recorder(), PROPERTIES[law]
+    if asked.needs <= subject.claims and (posed := asked.posed(subject, Problem.from_json(problem))):
         with contextlib.suppress(Exception):
-            PROPERTIES[law].check(subject, posed, recorder)
+            asked.check(subject, posed, recorder)
     return bool(recorder.facts.failing_call)
-
-
-def smallest(law: str, subject: Implementation) -> str:
-    """Return the smallest problem that was found with which an implementation breaks a law, or nothing."""
-    found = failing(PROPERTIES[law], subject, Recorder(), time.monotonic() + SEARCH)
-    problems = [facts.failing_problem for facts in found]
-    # It must fail alone, too.
-    alone = (x for x in sorted(problems, key=size) if breaks(law, subject, Problem.from_json(x)))
-    return next(alone, "")

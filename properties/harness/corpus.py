@@ -85,7 +85,9 @@ def killers(first: str = "") -> list[tuple[str, Problem]]:
     """Return the problems by which planted faults were noticed, each with its law; those of one backend first."""
     stored = json.loads(KILLERS.read_text()) if KILLERS.exists() else []
     stored.sort(key=lambda entry: entry["backend"] != first)
-    return [(entry["law"], Problem.from_json(json.dumps(entry["problem"]))) for entry in stored]
+    found = ((entry["law"], Problem.from_json(json.dumps(entry["problem"]))) for entry in stored)
+    # The same problem may stand there for several backends.
+    return list(dict.fromkeys(found))
 
 
 def fixtures() -> list[Row]:
