@@ -14,7 +14,7 @@ from properties.harness.comparing import Found, answer, check_inputs, same, same
 from properties.harness.containment import at_once
 from properties.harness.implementations import Implementation
 from properties.harness.laws import law
-from properties.harness.running import Results, backward, call, expect, run, tensors
+from properties.harness.running import STATE, Results, backward, call, expect, run, tensors
 from properties.harness.subcalls import TOKENS, Part
 from properties.problems.problem import DTYPES, Problem
 from properties.problems.strategies import problems
@@ -109,7 +109,11 @@ def gradients_of(leaves: Results) -> Results:
     return {f"d{name}": torch.zeros_like(x).cpu() if x.grad is None else x.grad.cpu() for name, x in leaves.items()}
 
 
-@law("5.20", problems=ANY, needs=["backward"], share=SHARE)
+# Other heads, and all there are of cotangents.
+SPREADING = problems(wild=False, most=12, fewest_heads=2, cotangent="o M S anchor")
+
+
+@law("5.20", problems=ANY | SPREADING, needs=["backward"], share=SHARE)
 def test_a_cotangent_that_is_no_number_stays_in_its_sequence_and_head(
     implementation: Implementation, problem: Problem
 ) -> Found:
@@ -119,11 +123,13 @@ def test_a_cotangent_that_is_no_number_stays_in_its_sequence_and_head(
     inputs, cotangents = problem.inputs(), problem.cotangents()
     n, h = fitting[problem.seed % len(fitting)], problem.H - 1
     row, begin, end = inputs.sequences[n]
-    t = problem.seed % (end - begin)
-    do = cotangents.o.clone()
-    do[row, begin + t, h, 0] = torch.nan
+    given = {name: x for name, x in vars(cotangents).items() if x is not None and name in ("o", *implementation.left)}
+    name = [*given][problem.seed // 2 % len(given)]
+    dirt = given[name].clone()
+    dirt[(row, begin + problem.seed % (end - begin), h, 0) if name == "o" else (n, h, 0, 0)] = torch.nan
+    changed: dict[str, Any] = {name: dirt}
     clean, found = answer(implementation, problem)
-    dirty = run(implementation, inputs, replace(cotangents, o=do))
+    dirty = run(implementation, inputs, replace(cotangents, **changed))
     heads, others = range(problem.H - 1), [x for x in range(problem.sequences) if x != n]
     for part in (Part(inputs, range(problem.sequences), heads), Part(inputs, others, range(problem.H))):
         chosen = [part.select_all({name: x for name, x in y.items() if name != "offset"}) for y in (clean, dirty)]
@@ -160,13 +166,17 @@ def test_inputs_may_share_memory(implementation: Implementation, problem: Proble
     return found + others + same_bits(plain, run(implementation, inputs, flowing, alike))
 
 
-@law("5.20", problems=problems(wild=False, most=12, dtypes=("float32",)), needs=["half"], share=SHARE)
+CONVERTED = problems(wild=False, most=12, dtypes=("float32",), initial=("none", "M", "full", "full"))
+
+
+@law("5.20", problems=CONVERTED, needs=["half"], share=SHARE)
 def test_the_same_numbers_in_other_dtypes_give_the_same_results(
     implementation: Implementation, problem: Problem
 ) -> Found:
     wide = "bfloat16" in implementation.claims and problem.seed % 2
     narrow, inputs, flowing = DTYPES["bfloat16" if wide else "float16"], problem.inputs(), problem.cotangents()
-    names = {"w", "b", *GATES} | ({"M"} if inputs.S is None else set())
+    # All of a state, all but M, or M alone.
+    names = {"w", "b", *GATES, *(STATE, STATE[1:], STATE[:1])[problem.seed // 2 % 3]}
     given = tensors(inputs)
     half = {name: x.to(narrow) if name in names else x for name, x in given.items()}
     single: dict[str, Any] = {name: x.to(given[name].dtype) for name, x in half.items()}

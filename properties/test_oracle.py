@@ -43,7 +43,7 @@ def two_chunks_and_more(*C: int) -> SearchStrategy[Problem]:
     return problems(C=C, D=(2, 3, 1), most=8, heads=1, sequences=1, initial=starts, wild=False).map(lengthened)
 
 
-@law("5.1", "5.8", problems=problems(), share=3)
+@law("5.1", "5.8", problems=problems(), share=5)
 def test_values_are_the_oracles(implementation: Implementation, problem: Problem) -> Found:
     return check(implementation, problem, gradients=False)
 
@@ -53,7 +53,7 @@ def test_gradients_are_the_oracles(implementation: Implementation, problem: Prob
     return check(implementation, problem)
 
 
-@law("5.1", "5.14", problems=problems(wild=False, dtypes=("float32", "float64")), share=2)
+@law("5.1", "5.14", problems=problems(wild=False, dtypes=("float32", "float64")), share=1.5)
 def test_the_chunked_form_is_the_recurrence_for_any_length(implementation: Implementation, problem: Problem) -> Found:
     return check(implementation, problem)
 
@@ -105,7 +105,7 @@ def test_the_state_after_a_tail_is_that_of_the_definition(implementation: Implem
     "5.8",
     "4.1",
     problems=problems(unit_levels=ENDS, theta_levels=("0", "2^-1", "2^-149", "2^-126"), wild=False),
-    share=2,
+    share=1.4,
 )
 def test_gates_at_the_ends_of_their_ranges_are_harmless(implementation: Implementation, problem: Problem) -> Found:
     return check(implementation, problem)
@@ -144,7 +144,7 @@ def test_huge_later_values_harm_no_earlier_gradient(implementation: Implementati
     return check(implementation, problem)
 
 
-@law("5.1", "5.14", problems=explicit())
+@law("5.1", "5.14", problems=explicit(), share=2)
 def test_any_small_numbers_give_the_oracles_results(implementation: Implementation, problem: Problem) -> Found:
     return check(implementation, problem)
 

@@ -73,7 +73,7 @@ def test_scaling_a_plain_memory_by_a_power_of_two_scales_its_results(
     return same(wanted, run(implementation, scaled(problem.inputs(), by), cotangents))
 
 
-@law("5.10", problems=problems(v="integers 3", **LINEAR), needs=["plain"])
+@law("5.10", problems=problems(v="integers 3", **LINEAR), needs=["plain"], share=0.5)
 def test_a_plain_memory_is_linear(implementation: Implementation, problem: Problem) -> Found:
     one, two = problem.inputs(), replace(problem, seed=problem.seed + 1).inputs()
     # Integers and zeros: their sum is exact, and so is that of the states at half the precision.
@@ -145,7 +145,7 @@ EXACT = split(
 )  # fmt: skip
 
 
-@law("4.5", "5.2", problems=EXACT, needs=["plain", "exact"], share=2)
+@law("4.5", "5.2", problems=EXACT, needs=["plain", "exact"], share=1.2)
 def test_small_integers_give_exactly_the_oracles_values(implementation: Implementation, problem: Problem) -> Found:
     inputs, flowing = problem.inputs(), problem.cotangents()
     whole: dict[str, Any] = {name: None if x is None else x.mul(4).round() for name, x in vars(flowing).items()}

@@ -66,7 +66,7 @@ def packed_with_empty(draw: st.DrawFn, /) -> Problem:
     return problem
 
 
-@law("5.3", problems=packed_with_empty(), needs=["varlen"])
+@law("5.3", problems=packed_with_empty(), needs=["varlen"], share=0.6)
 def test_packed_sequences_are_separate(implementation: Implementation, problem: Problem) -> Found:
     found = check(implementation, problem)
     for n, length in enumerate(problem.lengths):
@@ -85,9 +85,14 @@ def has_several(implementation: Implementation, problem: Problem) -> bool:
 
 
 SEVERAL = problems(wild=False, most=12, fewest=2) | problems(wild=False, most=12, fewest_heads=2)
+# Each head has w and b of its own, and gradients for them.
+OWN_PARAMETERS = problems(
+    D=(2, 3, 4, 5, 7, 8), wild=False, most=12, shortest=1, fewest_heads=2, memories=("normalised",), w="random 0",
+    b="random 0", cotangent=st.sampled_from(("o", "o M", "o M S anchor")),
+)  # fmt: skip
 
 
-@law("5.5", problems=SEVERAL, about=has_several)
+@law("5.5", problems=SEVERAL | OWN_PARAMETERS, about=has_several)
 def test_permuting_sequences_and_heads_permutes_the_results(implementation: Implementation, problem: Problem) -> Found:
     reverse = Part(problem.inputs(), range(problem.sequences)[::-1], range(problem.H)[::-1])
     return check_part(implementation, problem, reverse)
@@ -176,7 +181,7 @@ def is_bounded(implementation: Implementation, problem: Problem) -> bool:
     return problem.D <= 8 or has_wide_range(implementation, problem)
 
 
-@law("4.1", problems=BOUNDED, share=2, about=is_bounded)
+@law("4.1", problems=BOUNDED, share=3, about=is_bounded)
 def test_finite_inputs_give_finite_results(implementation: Implementation, problem: Problem) -> Found:
     # However many chunks there are.
     C = implementation.domain.C.nearest(1)

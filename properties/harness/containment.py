@@ -3,6 +3,7 @@
 import builtins
 import functools
 import math
+import operator
 import os
 import signal
 import sys
@@ -176,6 +177,9 @@ def restore(functions: list[tuple[Any, dict[str, Any]]]) -> list[str]:
     replaced = []
     for owner, before in functions:
         now = vars(owner)
+        # Nearly always all of them are the same.
+        if now.keys() == before.keys() and all(map(operator.is_, now.values(), before.values())):
+            continue
         for name, value in before.items():
             if now.get(name) is not value and callable(value) and not is_its_own(owner, name, now.get(name)):
                 setattr(owner, name, value)

@@ -198,7 +198,7 @@ def give_up(implementation: Implementation, recorder: Recorder, refused: int) ->
     """Skip a law for which no problem was found inside the domain of an implementation."""
     if refused >= REFUSALS and str(implementation.domain) and not recorder.facts.compared:
         if not recorder.unclaimed:
-            recorder.outside(f"no problem inside {implementation.domain} exercises it")
+            recorder.outside(f"no problem inside {implementation.domain} exercises it, or none small enough")
         pytest.skip(recorder.unclaimed)
 
 

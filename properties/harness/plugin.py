@@ -100,6 +100,9 @@ def pytest_configure(config: pytest.Config) -> None:
         command_line.check(config)
     config.addinivalue_line("markers", "law(*sections, needs): the sections of SPEC.md a property comes from")
     torch.set_num_threads(1)
+    if getattr(config.option, "maxschedchunk", 1) is None:
+        # Of the dear laws, which come first, no worker has many.
+        config.option.maxschedchunk = 1
     config.add_cleanup(containment.heed_interrupts())
     # Nothing is captured yet.
     waiting.STDERR = os.dup(2)
@@ -208,7 +211,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Give the laws the problem to replay, and slow implementations fewer examples."""
+    """Give the laws the problem to replay, and slow implementations fewer examples; the dearest laws come first."""
+    # A worker that begins with one of them when the others have nothing left to do prolongs the run.
+    items.sort(key=lambda item: not is_dear(item))
     problem, shard = config.stash[PROBLEM], config.stash[SHARD]
     random_seed, seconds = int(config.getoption("--hypothesis-seed") or 0), config.getoption("--example-timeout")
     for item in items:
@@ -216,7 +221,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if not isinstance(item, pytest.Function) or (law := PROPERTIES.get(item.originalname)) is None:
             continue
         implementation = subject(item)
-        share = implementation.share * (real_share(implementation) if law.any_size else implementation.domain.share)
+        share = implementation.share * (1.0 if law.any_size else implementation.domain.share)
         if problem:
             item.obj = law.replay(problem, recorder)
         elif shard:
@@ -225,9 +230,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.obj = law.test(recorder, share)
 
 
-def real_share(implementation: Implementation) -> float:
-    """Return how many of their examples laws of real sizes have: on a GPU these cost no more than others."""
-    return 1.4 if implementation.device == "cuda" else 1.0
+def is_dear(item: pytest.Item) -> bool:
+    """Whether a test is a law of real sizes."""
+    law = PROPERTIES.get(getattr(item, "originalname", ""))
+    return law is not None and law.any_size
 
 
 def subject(item: pytest.Function) -> Implementation:

@@ -1,5 +1,6 @@
 """Problems as large as real calls: few of them, with gates and values that leave something to compare."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ DECAY = ("uniform -3", "random 2^-8 2^-3", "constant 2^-6", "spike 2^-8 1 -1", "
 MOMENTUM = ("uniform 0", "random 2^-1 2^-3", "constant 2^-1", "alternate 0 1-2^-2", "spike 2^-1 0 0")
 
 
+@functools.cache
 def sizes(most: int, common: int = 1) -> SearchStrategy[int]:
     """Draw a size in [1, most]: half of the time a tile, or within 1 of a multiple of a tile, from `common` on.
 

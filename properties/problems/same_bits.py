@@ -1,5 +1,6 @@
 """Problems that a sequence may be cut or passed otherwise in: their lengths lie beside the ends of blocks."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from properties.problems.real_sizes import DECAY, MOMENTUM, THETA
 BLOCKS = (16, 32, 64)
 
 
+@functools.cache
 def ends(C: int, shortest: int, most: int) -> SearchStrategy[int]:
     """Draw a length from `shortest` to `most`: often within 1 of the end of a block, or of a chunk."""
     units = {rows // C * C if C <= rows else C if C % rows else rows for rows in BLOCKS} | {C}

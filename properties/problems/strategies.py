@@ -1,5 +1,6 @@
 """Problems for Hypothesis: all that are valid, not only likely ones. They shrink towards the plainest call."""
 
+import functools
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
@@ -27,15 +28,23 @@ CALM_THETAS = ("random 2^-4 2^-6", "constant 2^-5", "alternate 2^-4 0", "uniform
 @st.composite
 def gates(draw: st.DrawFn, /, levels: Sequence[str] = UNIT_LEVELS, C: int = 16, T: int = 16) -> str:
     """Draw the text of a gate."""
+    kinds = gate_texts(tuple(levels), C, T, "1" in levels and draw(st.booleans()))
+    return draw(kinds[draw(st.sampled_from(tuple(kinds)))])
+
+
+# To make a strategy takes as long as many draws from it.
+@functools.cache
+def gate_texts(levels: tuple[str, ...], C: int, T: int, near_1: bool) -> dict[str, SearchStrategy[str]]:
+    """Return strategies for the texts of gates by kind; fading ones are a power of two, or so much below 1."""
     # A decay of 2^-n whose product leaves float32 within a chunk, and only over the whole sequence.
     fading = [-(-150 // max(n, 1)) for n in (C, T, 2 * C, 2 * T)]
-    form = "1-2^-{}" if "1" in levels and draw(st.booleans()) else "2^-{}"
+    form = "1-2^-{}" if near_1 else "2^-{}"
     kinds = {name: kind.texts(levels, T) for name, kind in GATE_KINDS.items()}
     kinds["fading"] = st.builds("constant {}".format, st.sampled_from([form.format(n) for n in fading]))
     if {"0", "1"} <= {*levels}:
         kinds["switch"] = st.sampled_from(("alternate 0 1", "alternate 1 0"))
         kinds["saturated"] = st.sampled_from(("sigmoid 16 1", "sigmoid -16 1"))
-    return draw(kinds[draw(st.sampled_from(tuple(kinds)))])
+    return kinds
 
 
 @st.composite
@@ -46,6 +55,7 @@ def lengths_near(draw: st.DrawFn, /, C: int, most: int, shortest: int = 0) -> in
     return draw(st.one_of(st.sampled_from(fitting), st.integers(shortest, most)))
 
 
+@functools.cache
 def values(huge: int, tiny: int) -> SearchStrategy[str]:
     """Draw the text of q, k or v; `huge` and `tiny` are the exponents of the largest and smallest sizes."""
     texts = {name: kind.texts(huge, tiny) for name, kind in VALUE_KINDS.items()}
