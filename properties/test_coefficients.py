@@ -65,7 +65,7 @@ def table(x: Coefficients | bounds.CoefficientsRadius) -> NDArray[Any]:
     return np.concatenate([2 * x.G, x.beta[:, None], x.f[:, None]], 1)
 
 
-@law("4.2", "5.9", problems=ONE_CHUNK, needs=["plain", "resume"], share=4)
+@law("4.2", "5.9", problems=ONE_CHUNK, needs=["plain", "resume"], share=6)
 def test_every_coefficient_has_a_few_roundings(implementation: Implementation, problem: Problem) -> Found:
     if not problem.tokens:
         return []

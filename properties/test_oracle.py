@@ -43,7 +43,7 @@ def two_chunks_and_more(*C: int) -> SearchStrategy[Problem]:
     return problems(C=C, D=(2, 3, 1), most=8, heads=1, sequences=1, initial=starts, wild=False).map(lengthened)
 
 
-@law("5.1", "5.8", problems=problems(), share=5)
+@law("5.1", "5.8", problems=problems(), share=6)
 def test_values_are_the_oracles(implementation: Implementation, problem: Problem) -> Found:
     return check(implementation, problem, gradients=False)
 

@@ -23,7 +23,6 @@ from properties.harness.implementations import Implementation
 from properties.harness.laws import law
 from properties.harness.running import STATE, LawBroken, compute_dtype, run
 from properties.harness.subcalls import Part, resumed, segment
-from properties.problems.domain import CELLS, cells
 from properties.problems.problem import HALF, Problem
 from properties.problems.real_sizes import real_problems
 from properties.problems.strategies import problems
@@ -91,11 +90,13 @@ def test_a_chunk_of_real_size_is_right(implementation: Implementation, problem: 
 # Sequences and heads, at most 70,000 pairs, of a few that the oracle knows. Their numbers are prime to those of a grid.
 FEW = (7, 5)
 MANY = ((7, 10_000), (280, 250), (2002, 35))
+# Pairs, and the most tokens x pairs x D^2.
+PAIRS, MOST = 70_070, 2**22
 
 
 def is_small(implementation: Implementation, problem: Problem) -> bool:
-    """Whether a problem has tokens, and is small enough for the oracle."""
-    return 0 < cells(problem) <= CELLS
+    """Whether a problem has tokens, and so many copies of it fit into the memory."""
+    return 0 < PAIRS * max(problem.lengths) * problem.D**2 <= MOST
 
 
 @law(

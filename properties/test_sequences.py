@@ -181,7 +181,7 @@ def is_bounded(implementation: Implementation, problem: Problem) -> bool:
     return problem.D <= 8 or has_wide_range(implementation, problem)
 
 
-@law("4.1", problems=BOUNDED, share=3, about=is_bounded)
+@law("4.1", problems=BOUNDED, share=4, about=is_bounded)
 def test_finite_inputs_give_finite_results(implementation: Implementation, problem: Problem) -> Found:
     # However many chunks there are.
     C = implementation.domain.C.nearest(1)

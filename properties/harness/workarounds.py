@@ -4,6 +4,8 @@ Tried on Hypothesis 6.170.15, Triton 3.7.1 and CPython 3.11. Where one of the in
 `tests/properties/test_workarounds.py` fails with a sentence.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -28,8 +30,11 @@ AVAILABLE_PROVIDERS[INDEPENDENT] = Independent
 def patch_once() -> None:
     """Let Triton's interpreter patch `triton.language` once in a launch, not in every call of a helper.
 
-    Every call looks through all that the language has: that takes 2/5 of the time of these kernels.
+    Every call looks through all that the language has: that takes 2/5 of the time of these kernels. Of the rest, a
+    third is taken by a check that no sum or product of small integers overflows, and a tenth by a table of formats
+    that is made anew each time it is looked at.
     """
+    from triton import language as tl
     from triton.runtime import interpreter
 
     function, patched = interpreter.InterpretedFunction, set[int]()
@@ -49,6 +54,10 @@ def patch_once() -> None:
         return self.rewrite()(*arguments, **options)
 
     function.run, function.__call__ = run, call
+    builder, format_of = interpreter.interpreter_builder, functools.cache(interpreter._get_np_dtype)
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+    # Types of blocks and pointers cannot be looked up.
+    interpreter._get_np_dtype = lambda kind: format_of(tl.uint64 if kind.scalar.is_ptr() else kind.scalar)
 
 
 def sum_in_order() -> None:

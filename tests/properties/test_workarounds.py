@@ -38,6 +38,8 @@ def test_the_interpreter_has_the_parts_that_are_patched() -> None:
 
     for owner, name in (
         (interpreter, "_patch_lang"),
+        (interpreter, "_get_np_dtype"),
+        (interpreter.interpreter_builder.options, "sanitize_overflow"),
         (interpreter.InterpretedFunction, "run"),
         (interpreter.InterpretedFunction, "rewrite"),
         (interpreter.InterpretedFunction, "__call__"),
