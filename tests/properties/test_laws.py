@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, Phase, given, settings
 
-from properties.harness.comparing import Comparison, Found
+from oracle.precision import exact
+from properties.harness.comparing import Comparison, Found, distances, nearest
 from properties.harness.facts import Recorder
 from properties.harness.implementations import Implementation
 from properties.harness.laws import PROPERTIES, Property
@@ -182,6 +185,15 @@ def test_a_failure_says_what_where_and_how_to_see_it_again() -> None:
         PROPERTIES["test_values_are_the_oracles"].replay(problem)(implementation(wrong.Half()))
 
 
+@pytest.mark.parametrize(("radius", "right"), [(2**-60, True), (2**-60 - 2**-113, False), (2**-20, True)])
+def test_a_radius_is_exceeded_by_any_excess(radius: float, right: bool) -> None:
+    exactly = exact(torch.ones(1)) + exact(2.0**-60)
+    far, within = distances(torch.ones(1), exactly, nearest(exactly), np.array([radius]))
+    assert within.item() is right
+    # Where the radius is far larger, the distance is that from the nearest number of float64.
+    assert far.item() == (0 if radius > 2**-52 else 2**-60)
+
+
 # The seed of a nested run. In CI it is always the same; elsewhere none is, unless the environment says which.
 SEED = os.environ.get("NESTED_SEED", "0" if os.environ.get("HYPOTHESIS_PROFILE") == "ci" else "")
 
@@ -195,6 +207,14 @@ def run_suite(*arguments: str, fails: int = 0, **environment: str) -> str:
     done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
     assert done.returncode == fails, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+def test_the_laws_of_real_sizes_come_first() -> None:
+    output = run_suite("properties/", "--collect-only", "--quiet", "--backends", "chunk")
+    files = [line.partition("::")[0] for line in output.splitlines() if "::" in line]
+    dear = files.count("properties/test_real_sizes.py")
+    assert {*files[:dear]} == {"properties/test_real_sizes.py"}
+    assert len(files) > dear > 0
 
 
 def test_the_replay_option_runs_one_problem() -> None:
