@@ -55,7 +55,10 @@ def faults(number: int, measured: Measured) -> Picture:
     return Picture(
         name=f"faults-{number}",
         title="Planted faults and the laws that kill them",
-        caption=f"{asked}A dot marks a law that must notice the fault. The colour is the number of examples it needed.",
+        caption=(
+            f"{asked}A dot marks a law that must notice the fault. The colour is the number of examples it needed. "
+            f"Of {len(measured.rows)} faults {survive}."
+        ),
         alt=f"Matrix of {len(measured.rows)} planted faults and {len(laws)} laws; {survive}. The table below has all.",
         spec=spec,
         abouts=[measured.about],

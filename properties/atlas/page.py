@@ -126,7 +126,7 @@ def sections_of(atlas: Atlas, drawn: Sequence[Picture]) -> Iterator[tuple[str, s
         )
     for title, kind in (("Planted faults", "faults"), ("Speed and memory", "times"), ("Recall", "recall")):
         if found := [x for x in drawn if x.name.startswith(kind)]:
-            more = "".join(map(tables.faults, atlas.faults)) if kind == "faults" else ""
+            more = "".join(tables.faults(n, x) for n, x in enumerate(atlas.faults, 1)) if kind == "faults" else ""
             yield title, figures(found) + (f"<details><summary>Every fault</summary>{more}</details>" if more else "")
     if atlas.runs:
         yield "Sections of SPEC", spec(atlas.runs)

@@ -154,10 +154,10 @@ def worst_cell(group: Group) -> str:
     )
 
 
-def faults(measured: Measured) -> str:
+def faults(number: int, measured: Measured) -> str:
     """Return a row for each planted fault: the laws that kill it and the smallest problem."""
     head = ("fault", "verdict", "must be noticed by", "smallest problem")
-    return table("faults", "Planted faults", head, map(fault, measured.rows), "long")
+    return table(f"faults-{number}-table", "Planted faults", head, map(fault, measured.rows), "long")
 
 
 def fault(row: Mapping[str, Any]) -> str:
