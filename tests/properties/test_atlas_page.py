@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from properties.atlas import page
-from tests.properties.test_atlas import drawn, everything
+from properties.atlas import page, tables
+from properties.problems.problem import Problem
+from tests.properties.test_atlas import drawn, everything, verdict
 
 pytest.importorskip("vl_convert", reason="vl-convert-python is not installed: pip install --group dev")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -103,6 +104,9 @@ def test_the_page_answers(browser: Any, url: str, trouble: list[str]) -> None:
     found.select_option("form[data-table=verdicts] select[name=verdict]", "")
     found.fill("form[data-table=verdicts] input", "half")
     assert found.locator("#verdicts tbody tr:visible").get_attribute("data-implementation") == "log"
+    worst = found.locator("#worst tbody tr")
+    assert (worst.count(), worst.get_attribute("data-dtype")) == (1, "float32")
+    assert worst.locator("code").inner_text() == tables.replay(verdict().test, "chunk", "cpu", Problem().to_json())
     found.locator("#map-gates-values .mark-rect path").nth(30).hover()
     tooltip = found.locator("#vg-tooltip-element").inner_text()
     assert re.search(r"error / bound:?\s+0\.\d+", tooltip), tooltip
