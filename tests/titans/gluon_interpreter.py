@@ -76,14 +76,44 @@ class Role(threading.Thread):
             raise Stop
 
 
+class Alone(Role):
+    """All warps of a program without roles: who waits lets copies be made."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__(program, None, None)
+
+    def wait(self, ready: Callable[[], bool], first: bool = False) -> None:
+        """Make copies that are under way: all, some, or as many as it takes."""
+        program = self.program
+        while not ready() or (program.copies and program.wanted(late=False)):
+            if not program.copies:
+                raise Deadlock("the program waits for ever")
+            program.copy()
+
+
 class Program:
     """One program of the grid, and the copies that it has under way."""
 
     def __init__(self, pid: int, seed: int) -> None:
         self.pid, self.random, self.policy = pid, random.Random(seed), seed % 3
         self.back, self.failed = threading.Event(), False
-        self.roles: list[Role] = []
+        self.roles: list[Role] = [Alone(self)]
         self.copies: list[Callable[[], None]] = []
+        # by whom each element of shared memory is not yet fenced
+        self.dirty: list[Tensor] = []
+
+    def wanted(self, late: bool) -> bool:
+        """Whether a copy is to be made now; `late` where as few as possible are made."""
+        return {0: True, 1: self.random.random() < 0.3, 2: late}[self.policy]
+
+    def copy(self) -> None:
+        """Make a copy that is under way."""
+        self.copies.pop(0 if self.policy == 0 else self.random.randrange(len(self.copies)))()
+
+    def finish(self) -> None:
+        """Make all copies."""
+        while self.copies:
+            self.copy()
 
     def run(self, roles: Sequence[tuple[Any, Any]]) -> None:
         """Run the roles to their ends."""
@@ -97,14 +127,12 @@ class Program:
             self.failed = True
             for role in self.roles:
                 role.turn.set()
-        for copy in self.copies:
-            copy()
+        self.finish()
 
     def step(self, able: list[Role]) -> None:
         """Make a copy that is under way, or let a role go on."""
-        wanted = {0: True, 1: self.random.random() < 0.3, 2: not able}[self.policy]
-        if self.copies and (wanted or not able):
-            self.copies.pop(0 if self.policy == 0 else self.random.randrange(len(self.copies)))()
+        if self.copies and (self.wanted(not able) or not able):
+            self.copy()
             return
         if not able:
             raise Deadlock(f"roles {[i for i, role in enumerate(self.roles) if not role.done]} wait for ever")
@@ -122,8 +150,7 @@ seeds: list[int] = [0]
 
 def here() -> Role:
     role = threading.current_thread()
-    assert isinstance(role, Role)
-    return role
+    return role if isinstance(role, Role) else current[0].roles[0]
 
 
 class Constexpr(int):
@@ -159,6 +186,7 @@ class Jit:
             for pid in range(*grid):
                 current[:] = [Program(pid, seeds[0])]
                 self.function(**arguments)
+                current[0].finish()
 
         return launch
 
@@ -260,7 +288,9 @@ def allocate_shared_memory(dtype: torch.dtype, shape: Sequence[int], layout: Lay
     if dtype == torch.int64:
         return Barriers(shape[0])
     memory = torch.full((math.prod(shape),), math.nan, dtype=dtype)
-    return Shared(memory, torch.zeros(len(memory), dtype=torch.int8), _addresses(shape, layout), layout.rank)
+    dirty = torch.zeros(len(memory), dtype=torch.int8)
+    current[0].dirty.append(dirty)
+    return Shared(memory, dirty, _addresses(shape, layout), layout.rank)
 
 
 class Barriers:
@@ -405,8 +435,8 @@ def _inline_asm(asm: str, constraints: str, args: Sequence[Any], **_: Any) -> An
 class Product:
     """a b + sum, made when it is started, or when it is waited for."""
 
-    def __init__(self, a: Shared | Tensor, b: Shared, acc: Tensor, use_acc: Any) -> None:
-        self.a, self.b, self.acc = a, b, acc if bool(use_acc) else torch.zeros_like(acc)
+    def __init__(self, a: Shared | Tensor, b: Shared, acc: Any, use_acc: Any) -> None:
+        self.a, self.b, self.acc = a, b, acc if bool(use_acc) else 0
         self.value: Tensor | None = None
         self.left(), b.fenced()
         if current[0].policy == 0:
@@ -414,7 +444,8 @@ class Product:
 
     def make(self) -> Tensor:
         if self.value is None:
-            self.value = self.acc + self.left().float() @ self.b.fenced().float()
+            acc = self.acc.make() if isinstance(self.acc, Product) else self.acc
+            self.value = acc + self.left().float() @ self.b.fenced().float()
         return self.value
 
     def left(self) -> Tensor:
@@ -440,17 +471,8 @@ def warpgroup_mma_wait(num_outstanding: int = 0, deps: Sequence[Any] = ()) -> An
 
 def fence_async_shared() -> None:
     mine = 1 + current[0].roles.index(here())
-    for x in _leaves(here().arguments):
-        if isinstance(x, Shared):
-            x.dirty[x.dirty == mine] = 0
-
-
-def _leaves(x: Any) -> Iterator[Any]:
-    if isinstance(x, tuple):
-        for part in x:
-            yield from _leaves(part)
-    else:
-        yield x
+    for dirty in current[0].dirty:
+        dirty[dirty == mine] = 0
 
 
 def reduce(values: Any, axis: int, combine: Any) -> Any:
@@ -462,9 +484,11 @@ def reduce(values: Any, axis: int, combine: Any) -> Any:
     return tuple(x.squeeze(axis) for x in parts)
 
 
-def _scan(values: Any, axis: int, combine: Any) -> Any:
-    """Fold from the first to the last, one by one."""
+def _scan(values: Any, axis: int, combine: Any, reverse: bool = False) -> Any:
+    """Fold from the first to the last, or from the last to the first, one by one."""
     parts = values if isinstance(values, tuple) else (values,)
+    if reverse:
+        return tuple(x.flip(axis) for x in _scan(tuple(x.flip(axis) for x in parts), axis, combine))
     folded = [tuple(x.select(axis, 0) for x in parts)]
     for i in range(1, parts[0].shape[axis]):
         result = combine(*folded[-1], *(x.select(axis, i) for x in parts))
@@ -542,6 +566,8 @@ PARTS = {
     "state_vjp": ("block", "hopper.common", "hopper.state_vjp"),
     "output": ("block", "hopper.common", "hopper.handover", "hopper.state_vjp", "hopper.output"),
 }
+for name in ("output_vjp", "key_vjp", "coefficients_vjp"):
+    PARTS[name] = (*PARTS["output"], "hopper.blocks", f"hopper.{name}")
 PARTS["forward"] = (*PARTS["output"], "hopper.state", "hopper.forward")
 
 
