@@ -107,3 +107,28 @@ def test_the_reverse_chain_fits_a_multiprocessor_and_spills_next_to_nothing() ->
         # k dS, k dM, and k^T dy in parts of 64 columns: inside the loop and after it
         assert kernel["products"] in (4, 6), kernel
         assert set(kernel["mma"]) == {"bf16.bf16"}, kernel
+
+
+def test_the_parallel_kernels_of_the_backward_share_a_multiprocessor_and_spill_nothing() -> None:
+    for name, products in (("output_vjp", {True: 11, False: 12}), ("key_vjp", {True: 3, False: 3})):
+        kernels = [kernel for kernel in compiled() if kernel["name"].startswith(f"hopper_{name}_kernel")]
+        assert len(kernels) == 11
+        for kernel in kernels:
+            # two programs of narrow tiles at once
+            assert kernel["shared"] <= (SHARED // 2 - RESERVED if kernel["D"] <= 64 else SHARED), kernel
+            assert not kernel["STACK"], kernel
+            assert not kernel["LOCAL"], kernel
+            assert not kernel["atomics"], kernel
+            # the plain memory has no y to make again
+            assert kernel["products"] == products["plain=True" in kernel["name"]], kernel
+            assert set(kernel["mma"]) == {"bf16.bf16"}, kernel
+
+
+def test_the_reverse_of_the_coefficients_stays_in_registers() -> None:
+    kernels = [kernel for kernel in compiled() if kernel["name"].startswith("hopper_coefficients_vjp_kernel")]
+    assert len(kernels) == 11
+    for kernel in kernels:
+        assert not kernel["STACK"], kernel
+        assert not kernel["LOCAL"], kernel
+        assert not kernel["mma"], kernel
+        assert (kernel["exponentials"] > 0) == kernel["log_gates"], kernel

@@ -294,14 +294,6 @@ def state_vjp(
     call = plan.call
     dstate_L = dstate0 if plan.layout.PER == 1 else BlockState(*(torch.empty_like(x) for x in dstate0))
     dinitial = State(*(torch.empty_like(call.M) for _ in range(3)))
-    if hopper.stages_of(call).state_vjp:
-        # Gluon is experimental: it is imported where it is used
-        from titans.kernels.hopper.state_vjp import launch_state_vjp
-
-        launch_state_vjp(
-            call, plan.where, plan.tile, step_end, saved, dfinal, du, dstate0, dstate_L, dinitial, plan.key
-        )
-        return dstate_L, dinitial
     run_state_vjp(
         plan.chains, plan.key,
         k_ptr=call.k, v_ptr=call.v, affine=plan.affine, step_end=step_end, saved=saved, where=plan.where,
@@ -355,6 +347,53 @@ def coefficients_vjp(plan: Plan, drows: Rows, drows_k: Rows | None, dblock_end: 
     return dtheta, dalpha, deta
 
 
+def portable_backward(plan: Plan, saved: Saved, do: Tensor, dfinal: State, daffine: Affine) -> tuple[Tensor, ...]:
+    """The backward by the portable kernels: dq, dk, dv, the gates' cotangents and those of the initial state."""
+    c = coefficients(plan)
+    drows, dq, du, dk, dstate0 = output_vjp(plan, c.rows, saved, do, daffine)
+    dstate_L, dinitial = state_vjp(plan, c.step_end, saved, dfinal, du, dstate0)
+    del dstate0
+    dk, dv, dy_k, dblock_end = key_vjp(plan, c.block_end, saved, dstate_L, du, dk, daffine)
+    drows_k = None
+    if dy_k is not None:
+        dk, drows_k = anchor_vjp(plan, c.rows, saved, dfinal.anchor, dy_k, dk)
+    # make room for what the next kernel needs
+    del dstate_L, dy_k
+    return dq, dk, dv, *coefficients_vjp(plan, drows, drows_k, dblock_end), *dinitial
+
+
+def hopper_backward(plan: Plan, saved: Saved, do: Tensor, dfinal: State, daffine: Affine) -> tuple[Tensor, ...]:
+    """The backward for compute capability 9.0: dq, dk, dv, the gates' cotangents and those of the initial state."""
+    # Gluon is experimental: it is imported where it is used
+    from titans.kernels.hopper.coefficients_vjp import Gates, launch_coefficients_vjp
+    from titans.kernels.hopper.ends import launch_ends
+    from titans.kernels.hopper.key_vjp import launch_key_vjp
+    from titans.kernels.hopper.output_vjp import launch_output_vjp
+    from titans.kernels.hopper.state_vjp import launch_state_vjp
+
+    call, where, blocks, key = plan.call, plan.where, plan.blocks, plan.key
+    dq, du, dk = (torch.empty_like(call.q) for _ in range(3))
+    dgates = Gates(*(torch.empty_like(gate) for gate in (call.theta, call.alpha, call.eta)))
+    dinitial = State(*(torch.empty_like(call.M) for _ in range(3)))
+    if call.q.shape[1] == 0:
+        # there is nothing for the copy engine to move
+        for new, old in zip(dinitial, dfinal, strict=True):
+            new.copy_(old)
+        return dq, dk, du, *dgates, *dinitial
+    end, _ = launch_ends(call, plan.layout, where, plan.gate_tile, key)
+    drows, dend = Rows(*room(plan, 2 * 64, 64 * 64)), End(*(torch.empty_like(x) for x in end))
+    dstate = BlockState(torch.empty_like(saved.M0), torch.empty_like(saved.S0))
+    # its G is made of the gates
+    tile = tile_of(call, plan.layout, log_gates=True) if call.log_gates else plan.tile
+    launch_output_vjp(call, where, tile, blocks, saved, do, drows, dq, du, dk, dstate, daffine, key)
+    launch_state_vjp(call, where, plan.tile, end, saved, dfinal, du, dstate, dstate, dinitial, key)
+    launch_key_vjp(call, where, plan.tile, blocks, end, saved, dstate, du, dk, daffine, dend, key)
+    # make room for the next ones
+    del dstate
+    launch_coefficients_vjp(call, where, plan.gate_tile, blocks, drows, dend, dgates, key)
+    return dq, dk, du, *dgates, *dinitial
+
+
 def backward(
     call: Call, M0: Tensor, S0: Tensor, x: Tensor, r: Tensor, do: Tensor, dM: Tensor, dS: Tensor, danchor: Tensor
 ) -> tuple[Tensor | None, ...]:
@@ -364,23 +403,15 @@ def backward(
     if K * H == 0:
         inputs = (call.q, call.k, call.v, call.w, call.b, call.theta, call.alpha, call.eta)
         return *(None if x is None else torch.zeros_like(x) for x in inputs), dM.clone(), dS.clone(), danchor.clone()
-    c, saved = coefficients(plan), Saved(M0, S0, x, r, dM.new_empty(*call.q.shape[:3], 2))
+    saved, dfinal = Saved(M0, S0, x, r, dM.new_empty(*call.q.shape[:3], 2)), State(dM, dS, danchor)
     # slots that no block uses stay zero; they are summed with the others
     dwb = (dM.new_empty if all_used(plan) else dM.new_zeros)(2, K, H, D)
     daffine = Affine(*dwb)
-    drows, dq, du, dk, dstate0 = output_vjp(plan, c.rows, saved, do, daffine)
-    dstate_L, dinitial = state_vjp(plan, c.step_end, saved, State(dM, dS, danchor), du, dstate0)
-    del dstate0
-    dk, dv, dy_k, dblock_end = key_vjp(plan, c.block_end, saved, dstate_L, du, dk, daffine)
-    drows_k = None
-    if dy_k is not None:
-        dk, drows_k = anchor_vjp(plan, c.rows, saved, danchor, dy_k, dk)
-    # make room for what the next kernel needs
-    del dstate_L, dy_k
-    gates = coefficients_vjp(plan, drows, drows_k, dblock_end)
+    make = hopper_backward if hopper.stages_of(call).backward else portable_backward
+    dq, dk, dv, *dothers = make(plan, saved, do, dfinal, daffine)
     dw, db = None, None
     if call.w is not None and call.b is not None:
         sum_dw, sum_db = dwb.sum(1)
         # of their own storage each
         dw, db = sum_dw.to(call.w.dtype, copy=True), sum_db.to(call.b.dtype, copy=True)
-    return dq, dk, dv, dw, db, *gates, *dinitial
+    return dq, dk, dv, dw, db, *dothers

@@ -1,8 +1,9 @@
 """The stages of the chain in Gluon, for compute capability 9.0; `choose` says which calls they take.
 
 The forward is one kernel, `forward.py`: its chain lies in `state.py`, its outputs in `output.py`; `ends.py` makes the
-coefficients of the chain before. The reverse of the chain lies in `state_vjp.py`. Each writes the buffers of the
-portable kernels, so either direction may run with the portable kernels of the other.
+coefficients of the chain before. The backward is `output_vjp.py`, the reverse of the chain in `state_vjp.py`,
+`key_vjp.py` and `coefficients_vjp.py`. Each writes the buffers of the portable kernels, so either direction may run
+with the portable kernels of the other.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ CHUNK = 64
 
 
 class Stages(NamedTuple):
-    """Which stages of a call run as Hopper kernels; all others are the portable Triton kernels."""
+    """Which directions of a call run as Hopper kernels; all others are the portable Triton kernels."""
 
     forward: bool = False
-    state_vjp: bool = False
+    backward: bool = False
 
 
 def choose(
@@ -60,7 +61,7 @@ def choose(
     # rows are copied 16 bytes at a time
     if not 32 < D <= 128 or D % 8:
         return Stages()
-    return Stages(forward=True, state_vjp=True)
+    return Stages(forward=True, backward=True)
 
 
 @functools.cache
