@@ -121,7 +121,7 @@ def examine(fault: Fault, asked: Mapping[str, Sequence[Problem]], seed: int, shr
     with tempfile.TemporaryDirectory() as folder:
         plant(fault, Path(folder))
         subject = implementation(fault.backend, "cpu")
-        failing = {}
+        failing: dict[str, str] = {}
         for name, problems in asked.items():
             if PROPERTIES[name].needs <= subject.claims:
                 calls, failing[name] = examples_needed(name, subject, problems)

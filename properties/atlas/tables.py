@@ -97,8 +97,8 @@ def worst_cases(runs: Sequence[Judged]) -> str:
             if place[:3] in tests and math.isfinite(case[0]):
                 worst[place] = max(worst.get(place, case), case)
     cases: dict[tuple[str, str, str], list[tuple[str, str, str]]] = {}
-    for (*place, dtype), (error, problem) in sorted(worst.items()):
-        cases.setdefault(tuple(place), []).append((dtype, f"{error:.3g}", problem))
+    for (implementation, device, law, dtype), (error, problem) in sorted(worst.items()):
+        cases.setdefault((implementation, device, law), []).append((dtype, f"{error:.3g}", problem))
     rows = [
         {
             "law": law.removeprefix("test_").replace("_", " "),
