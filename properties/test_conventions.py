@@ -109,7 +109,7 @@ def gradients_of(leaves: Results) -> Results:
     return {f"d{name}": torch.zeros_like(x).cpu() if x.grad is None else x.grad.cpu() for name, x in leaves.items()}
 
 
-# Other heads, and all there are of cotangents.
+# Several heads, and every cotangent.
 SPREADING = problems(wild=False, most=12, fewest_heads=2, cotangent="o M S anchor")
 
 

@@ -70,7 +70,7 @@ def check_pieces(implementation: Implementation, inputs: Inputs, cotangents: Cot
 
 # The wide ones are short.
 WIDE = real_problems(D=128, C=256, cells=2**18, heads=1, sequences=2, memories=("normalised", "plain", "normalised"))
-# Those with a second tile of 64 tokens in a chunk are narrow.
+# Those with more than 64 tokens are narrow.
 DEEP = real_problems(D=8, cells=2**10, heads=1, sequences=1).map(
     lambda problem: replace(problem, C=problem.C + 64, lengths=tuple(T + 64 for T in problem.lengths))
 )
