@@ -227,7 +227,7 @@ def load(pointer: Pointer, mask: Any = None, other: Any = 0) -> Tensor:
 
 def store(pointer: Pointer, value: Tensor, mask: Any = None) -> None:
     at, mask = _valid(pointer, mask)
-    pointer.flat[at[mask]] = torch.broadcast_to(value, mask.shape)[mask].to(pointer.flat.dtype)
+    pointer.flat[at[mask]] = torch.broadcast_to(torch.as_tensor(value), mask.shape)[mask].to(pointer.flat.dtype)
 
 
 class Shared:
@@ -564,11 +564,11 @@ def _modules() -> dict[str, ModuleType]:
 # what a module imports, itself last
 PARTS = {
     "state_vjp": ("block", "hopper.common", "hopper.state_vjp"),
-    "output": ("block", "hopper.common", "hopper.handover", "hopper.state_vjp", "hopper.output"),
+    "output": ("block", "hopper.common", "hopper.handover", "hopper.state_vjp", "hopper.ends", "hopper.output"),
 }
 for name in ("output_vjp", "key_vjp", "coefficients_vjp"):
     PARTS[name] = (*PARTS["output"], "hopper.blocks", f"hopper.{name}")
-PARTS["forward"] = (*PARTS["output"], "hopper.state", "hopper.forward")
+PARTS["forward"] = (*PARTS["output"], "hopper.state", "hopper.fused", "hopper.forward")
 
 
 @contextmanager

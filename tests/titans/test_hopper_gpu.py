@@ -18,11 +18,11 @@ DEVICE, C = "cuda", 64
 
 
 @contextmanager
-def form(many: bool) -> Iterator[None]:
-    """As if the GPU had one multiprocessor, or more than there are programs."""
+def form(places: int) -> Iterator[None]:
+    """As if the GPU had so many multiprocessors."""
     from titans.kernels.hopper import forward
 
-    with patch.object(forward, "multiprocessors", lambda device: 1 if many else 2**20):
+    with patch.object(forward, "multiprocessors", lambda device: places):
         yield
 
 
@@ -67,11 +67,14 @@ def test_fifty_runs_give_the_same_bits(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("shape", [(2, 1000, 16, 64), (2, 300, 5, 40)], ids=str)
 def test_few_and_many_programs_give_the_same_bits(shape: tuple[int, ...]) -> None:
+    """Chains and outputs apart; both in one program, with a multiprocessor of its own, or half of one."""
     x = inputs(*shape)
-    with form(many=False):
+    B, _, H, _ = shape
+    with form(2**20):
         few = run(x)
-    with form(many=True):
-        assert same(run(x), few)
+    for places in (B * H, 1):
+        with form(places):
+            assert same(run(x), few)
 
 
 @pytest.mark.parametrize("D", [40, 64, 96, 128])

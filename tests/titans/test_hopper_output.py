@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
 from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import NamedTuple
@@ -11,12 +13,12 @@ import torch
 from torch import Tensor
 
 from tests.titans import gluon_copies, gluon_interpreter
-from tests.titans.test_hopper_state import PACKED, Case, integers, norm, normal, pieces
+from tests.titans.test_hopper_state import LINE, PACKED, Case, ends, integers, norm, normal, pieces
 from tests.titans.test_hopper_state import given as chain_given
 from titans import chunk
 from titans.arguments import Call
-from titans.kernels.hopper.ends import LINE, launch_ends
-from titans.kernels.tile import Affine, Saved, State, block_rows, gates_tile, tile_of, where_of
+from titans.kernels.block import Step
+from titans.kernels.tile import Affine, Saved, State, block_rows, tile_of, where_of
 from titans.partition import layout_of
 
 C, H = 64, 2
@@ -45,12 +47,10 @@ class Given(NamedTuple):
 
 def given(case: Case, draw: Callable[..., Tensor], log_gates: bool = False) -> Given:
     """Draw the arguments; the chain has finished."""
-    call, _ = chain_given(case, draw)
+    call = chain_given(case, draw, log_gates)
     B, T, D = case.B, case.T, case.D
     K = layout_of(call, block_rows(call.q)).slots
-    gates = (draw("gate", B, T, H) for _ in range(3))
     call = call._replace(q=draw("k", B, T, H, D).bfloat16())
-    call = call._replace(**dict(zip(("theta", "alpha", "eta"), gates, strict=True)), log_gates=log_gates)
     M0, S0 = (draw("state", K, H, D, D).bfloat16() for _ in range(2))
     return Given(call, M0, S0, draw("k", B, T, H, D).bfloat16())
 
@@ -113,24 +113,19 @@ def outputs(args: Given, dtype: torch.dtype, rounded: Callable[[Tensor], Tensor]
     return o
 
 
-def gates(draw: Callable[..., Tensor], log: bool) -> Callable[..., Tensor]:
-    """Draw gates between 0 and 1 as well, or their logs."""
+def logs(draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Draw logs of gates that forget little."""
 
     def drawn(name: str, *shape: int) -> Tensor:
-        x = draw("w" if name == "gate" else name, *shape)
-        return x if name != "gate" else x.sigmoid().log() / 4 if log else x.sigmoid()
+        x = draw(name, *shape)
+        return x.log() / 4 if name in ("theta", "alpha", "eta") else x
 
     return drawn
 
 
-def bits(draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Draw gates that are 0 or 1."""
-    return lambda name, *shape: draw("transition" if name == "gate" else name, *shape)
-
-
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_integers_of_the_plain_memory_are_exact(case: Case) -> None:
-    args = given(Case(**vars(case) | {"plain": True}), bits(integers(0)))
+    args = given(Case(**vars(case) | {"plain": True}), integers(0))
     exact = outputs(args, torch.float64, lambda x: x)
     assert torch.equal(exact, exact.bfloat16().double())
     assert torch.equal(run(args, 1).double(), exact)
@@ -140,7 +135,7 @@ def test_integers_of_the_plain_memory_are_exact(case: Case) -> None:
 def test_the_order_of_events_changes_no_bit_and_errors_are_those_of_the_portable_kernel(case: Case) -> None:
     """At most twice those of its arithmetic, which rounds the same operands."""
     log = case.T == 133
-    args = given(case, gates(normal(0), log), log_gates=log)
+    args = given(case, logs(normal(0)) if log else normal(0), log_gates=log)
     exact = outputs(args, torch.float64, lambda x: x)
     portable = outputs(args, torch.float32, lambda x: x.bfloat16().float())
     made = run(args, 0)
@@ -151,7 +146,7 @@ def test_the_order_of_events_changes_no_bit_and_errors_are_those_of_the_portable
 
 def test_what_is_not_finite_stays_in_its_sequence_and_head() -> None:
     """The row after a tail is another sequence's."""
-    args = given(Case(64, 200, cu_seqlens=(0, 100, 200)), gates(normal(0), False))
+    args = given(Case(64, 200, cu_seqlens=(0, 100, 200)), normal(0))
     clean = run(args, 0)
     args.call.k[0, 100, 1], args.u[0, 101, 1], args.call.theta[0, 103, 1] = torch.nan, torch.inf, torch.nan
     made = run(args, 0)
@@ -191,7 +186,7 @@ def test_planted_faults_are_noticed(name: str) -> None:
     """By wrong results, a deadlock or a read of what is not fenced, in some order."""
     case, old, new = FAULTS[name]
     assert (gluon_interpreter.KERNELS / "hopper" / "output.py").read_text().count(old) == 1
-    args = given(case, gates(normal(0), False))
+    args = given(case, normal(0))
     if case.cu_seqlens:
         args.u[0, case.cu_seqlens[1]] = torch.inf
     right = run(args, 0)
@@ -205,24 +200,19 @@ def test_planted_faults_are_noticed(name: str) -> None:
     pytest.fail("not noticed")
 
 
-@pytest.mark.parametrize(
-    ("case", "places"),
-    [(Case(64, 133), 132), (Case(40, 150, cu_seqlens=(0, 0, 70, 150), offset=(3, 0, 63)), 1)], ids=str,
-)  # fmt: skip
+@pytest.mark.parametrize("places", [132, 6, 1])
+@pytest.mark.parametrize("case", [Case(64, 133), Case(40, 150, cu_seqlens=(0, 0, 70, 150), offset=(3, 0, 63))], ids=str)
 def test_the_whole_forward_is_exact_for_integers(case: Case, places: int) -> None:
     """With the chain that hands over, and few or many programs."""
-    call = given(Case(**vars(case) | {"plain": True}), bits(integers(0))).call
-    # gates of 0 and 1 keep what they do not forget as it is
-    call = call._replace(theta=call.theta / 2)
+    call = given(Case(**vars(case) | {"plain": True}), integers(0)).call
     layout = layout_of(call, block_rows(call.q))
     where, tile, D = where_of(call, layout), tile_of(call, layout), case.D
-    end, count = launch_ends(call, layout, where, gates_tile(call, layout), None)
     squares = (torch.full((layout.slots, H, D, D), torch.nan, dtype=torch.bfloat16) for _ in range(2))
     saved = Saved(*squares, torch.full_like(call.q, torch.nan), torch.empty(0))
     final, o = State(*(torch.full_like(call.M, torch.nan) for _ in range(3))), torch.full_like(call.q, torch.nan)
     with gluon_copies.interpreted("forward") as module:
         module.multiprocessors = lambda device: places
-        module.launch_forward(call, where, tile, end, count, saved, final, o, None)
+        module.launch_forward(call, where, tile, layout.slots, saved, final, o, None)
     exact = chunk.forward(Call(*(x.double() if is_float(x) else x for x in call)), log_space=False)[:4]
     for value, true in zip((o, *final), exact, strict=True):
         assert torch.equal(true, true.bfloat16().double())
@@ -238,20 +228,23 @@ def is_float(x: object) -> bool:
 @pytest.mark.parametrize("case", [Case(64, 133), Case(64, 150, cu_seqlens=(0, 0, 70, 150), offset=(3, 0, 63))], ids=str)
 def test_ends_of_the_chunks_are_the_last_rows(case: Case, log: bool) -> None:
     """Up to 2 C roundings, each to half a unit."""
-    call = given(case, gates(normal(0), log), log_gates=log).call
-    layout = layout_of(call, block_rows(call.q))
-    end, count = launch_ends(call, layout, where_of(call, layout), gates_tile(call, layout), None)
-    assert count[:, 0].tolist() == [0] * (len(call.M) * H + 1)
-    for slot, B, rows in all_pieces(call):
-        theta, alpha, eta = (g[B, rows].double().T for g in (call.theta, call.alpha, call.eta))
-        theta, a, eta = (theta.exp(), alpha.exp(), eta.exp()) if log else (theta, 1 - alpha, eta)
-        n, G, f = torch.zeros_like(theta), torch.zeros_like(theta), torch.zeros(H)
-        beta, m = torch.ones(2, H)
-        for t in range(rows.stop - rows.start):
-            n = torch.where(torch.arange(rows.stop - rows.start) == t, theta, eta[:, t, None] * n)
-            G, m, beta = a[:, t, None] * G + n, eta[:, t] * m, a[:, t] * beta
-            f = a[:, t] * f + m
-        found = (*end.weights[slot, :, :, : rows.stop - rows.start].unbind(1), *end.transition[slot].unbind(1))
-        for value, exact in zip(found, (n, G, beta, f, m), strict=True):
+    call = given(case, logs(normal(0)) if log else normal(0), log_gates=log).call
+    exact, layout = ends(call, torch.float64), layout_of(call, block_rows(call.q))
+    tile = tile_of(call, layout, log)
+    with gluon_copies.interpreted("forward") as module:
+        made = sys.modules["titans.kernels.hopper.ends"]
+        tokens = gluon_interpreter.pointers(module.Tokens(*call[:3], call.theta, call.alpha, call.eta))
+        for (slot, B, rows), h in itertools.product(all_pieces(call), range(H)):
+            length = rows.stop - rows.start
+            step = Step(H, (B * call.q.shape[1] + rows.start) * H + h, length, None, None, None)
+            c_s = gluon_interpreter.allocate_shared_memory(torch.float32, [5, C], gluon_interpreter.Layout())
+            gluon_interpreter.current[:] = [gluon_interpreter.Program(0, 0)]
+            gates = made.load_gates(tokens, step, None)
+            gluon_interpreter.current[0].run([(made.store_end, (c_s, 0, gates, length, tile, None))])
+            found = c_s.load(None)
             # and one for 1 - alpha, and two for an exp
-            assert torch.all((value - exact).abs() <= (2 * C + 3 * C) * torch.finfo(torch.float32).eps / 2 * exact)
+            for value, true in (
+                (found[:2, :length], exact.weights[slot, h, :, :length]), (found[2:, 0], exact.transition[slot, h])
+            ):  # fmt: skip
+                assert torch.all((value - true).abs() <= (2 * C + 3 * C) * torch.finfo(torch.float32).eps / 2 * true)
+            assert not found[:2, length:].any()

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from tests.titans import gluon_copies, gluon_interpreter
 from titans.arguments import Call
-from titans.kernels.hopper.ends import LINE
 from titans.kernels.tile import End, Saved, State, block_rows, tile_of, where_of
 from titans.partition import layout_of
 
 C, H = 64, 2
+LINE = 32
 # each policy of the interpreter, and another order of one
 ORDERS = range(4)
 PACKED = (0, 0, 70, 71, 199, 263, 263, 300)
@@ -65,28 +65,29 @@ class Made(NamedTuple):
 Draw = Callable[..., Tensor]
 
 
-def given(case: Case, draw: Draw) -> tuple[Call, End]:
+def given(case: Case, draw: Draw, log_gates: bool = False) -> Call:
     """Draw the arguments; `draw` takes the name of what is drawn and a shape."""
     B, T, D = case.B, case.T, case.D
     N = B if case.cu_seqlens is None else len(case.cu_seqlens) - 1
     q, k, v = (draw("k", B, T, H, D).bfloat16() for _ in range(3))
     w, b = (None if case.plain else draw("w", H, D).bfloat16() for _ in range(2))
-    gates = [torch.zeros(B, T, H).bfloat16()] * 3
+    gates = [draw(name, B, T, H) for name in ("theta", "alpha", "eta")]
     offset = None if case.offset is None else torch.tensor(case.offset)
     cu_seqlens = None if case.cu_seqlens is None else torch.tensor(case.cu_seqlens)
     M, S, anchor = (draw("state", N, H, D, D) for _ in range(3))
-    call = Call(q, k, v, w, b, *gates, M, S, anchor, offset, cu_seqlens, 1e-6, C, False)
-    K = layout_of(call, block_rows(q)).slots
-    return call, End(draw("weights", K, H, 2, C).abs(), draw("transition", K, H, 3).abs())
+    return Call(q, k, v, w, b, *gates, M, S, anchor, offset, cu_seqlens, 1e-6, C, log_gates)
 
 
-def run(call: Call, end: End, order: int, change: Callable[[str], str] = lambda text: text) -> Made:
-    """Launch the kernel on poisoned outputs."""
+def run(
+    call: Call, order: int, change: Callable[[str], str] = lambda text: text, places: int = 2**20,
+    changed: str = "state", recorded: bool = True,
+) -> Made:  # fmt: skip
+    """Launch the kernel on poisoned outputs, without the programs of the outputs where they are others."""
     layout, D = layout_of(call, block_rows(call.q)), call.q.shape[-1]
     squares = (torch.full((layout.slots, H, D, D), torch.nan, dtype=torch.bfloat16) for _ in range(2))
     saved = Saved(*squares, torch.full_like(call.q, torch.nan), torch.full(call.q.shape[:3], torch.nan))
     final = State(*(torch.full_like(call.M, torch.nan) for _ in range(3)))
-    o, count = torch.full_like(call.q, torch.nan), torch.zeros(len(call.M) * H + 1, LINE, dtype=torch.int32)
+    o, counts = torch.full_like(call.q, torch.nan), []
 
     def see(chunks: int) -> None:
         """What is handed over has been stored."""
@@ -96,16 +97,20 @@ def run(call: Call, end: End, order: int, change: Callable[[str], str] = lambda 
             assert not any(x.isnan().any() for x in stored)
 
     gluon_interpreter.seeds[0] = order
-    released = [see] if bool(call.k.isfinite().all()) else []
+    released = [see] if recorded and bool(call.k.isfinite().all()) else []
     with (
         patch.object(gluon_interpreter, "released", released),
-        gluon_copies.interpreted("forward", change, "state") as module,
+        gluon_copies.interpreted("forward", change, changed) as module,
     ):
         # the programs of the outputs have tests of their own
-        module.run_outputs = lambda *_: None
-        module.launch_forward(call, where_of(call, layout), tile_of(call, layout), end, count, saved, final, o, None)
-    assert count[:-1, 0].tolist() == [len(list(pieces(call, n))) for n in range(len(call.M)) for _ in range(H)]
-    assert count[-1, 0] == 2 * len(call.M) * H
+        module.run_outputs = lambda *arguments: counts.append(arguments[5].flat.view(-1, LINE)[:, 0])
+        module.multiprocessors = lambda device: places
+        tile = tile_of(call, layout, call.log_gates)
+        given = (call, where_of(call, layout), tile, layout.slots, saved if recorded else None)
+        module.launch_forward(*given, final, o, None)
+    for count in counts[-1:]:
+        assert count[:-1].tolist() == [len(list(pieces(call, n))) for n in range(len(call.M)) for _ in range(H)]
+        assert count[-1] == 2 * len(call.M) * H
     return Made(*saved[:4], *final)
 
 
@@ -126,8 +131,28 @@ def norm(y: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return y * r, r
 
 
-def forward(call: Call, end: End, dtype: torch.dtype, rounded: Callable[[Tensor], Tensor]) -> tuple[Made, Tensor]:
-    """Eq. (8)-(10), and which slots are used; operands of products and what is stored are `rounded`."""
+def ends(call: Call, dtype: torch.dtype) -> End:
+    """Eq. (7) at the end of each piece, token by token."""
+    K = layout_of(call, block_rows(call.q)).slots
+    end = End(torch.full((K, H, 2, C), torch.nan, dtype=dtype), torch.full((K, H, 3), torch.nan, dtype=dtype))
+    for n in range(len(call.M)):
+        for slot, B, rows in pieces(call, n):
+            theta, alpha, eta = (g[B, rows].to(dtype).T for g in (call.theta, call.alpha, call.eta))
+            theta, a, eta = (theta.exp(), alpha.exp(), eta.exp()) if call.log_gates else (theta, 1 - alpha, eta)
+            n_L, G_L, f = torch.zeros_like(theta), torch.zeros_like(theta), torch.zeros(H, dtype=dtype)
+            beta, m = torch.ones(2, H, dtype=dtype)
+            for t in range(rows.stop - rows.start):
+                n_L = torch.where(torch.arange(rows.stop - rows.start) == t, theta, eta[:, t, None] * n_L)
+                G_L, m, beta = a[:, t, None] * G_L + n_L, eta[:, t] * m, a[:, t] * beta
+                f = a[:, t] * f + m
+            end.weights[slot, :, :, : rows.stop - rows.start] = torch.stack((n_L, G_L), 1)
+            end.transition[slot] = torch.stack((beta, f, m), 1)
+    return end
+
+
+def forward(call: Call, dtype: torch.dtype, rounded: Callable[[Tensor], Tensor]) -> tuple[Made, Tensor]:
+    """Eq. (7)-(10), and which slots are used; operands of products and what is stored are `rounded`."""
+    end = ends(call, dtype)
     layout, D = layout_of(call, block_rows(call.q)), call.q.shape[-1]
     w, b = (None if x is None else x.to(dtype)[:, None] for x in (call.w, call.b))
     squares = (torch.full((layout.slots, H, D, D), torch.nan, dtype=dtype) for _ in range(2))
@@ -145,8 +170,8 @@ def forward(call: Call, end: End, dtype: torch.dtype, rounded: Callable[[Tensor]
             length = rows.stop - rows.start
             done += length
             used[slot] = True
-            n_L, G_L = end.weights[slot, :, :, :length].to(dtype)[..., None].unbind(1)
-            beta, f, m = end.transition[slot].to(dtype)[:, :, None, None].unbind(1)
+            n_L, G_L = end.weights[slot, :, :, :length][..., None].unbind(1)
+            beta, f, m = end.transition[slot][:, :, None, None].unbind(1)
             made.M0[slot], made.S0[slot] = rounded(M), rounded(S)
             x = k @ rounded(A)
             u = x - v
@@ -180,58 +205,76 @@ def integers(seed: int) -> Draw:
             sign = torch.randint(0, 2, (*shape[:-1], 1), generator=generator) * 2.0 - 1
             at = torch.randint(shape[-1], shape[:-1], generator=generator)
             return sign * torch.nn.functional.one_hot(at, shape[-1])
-        if name == "weights":
+        if name == "theta":
             return (torch.rand(shape, generator=generator) < 0.2) / 2
-        return torch.randint(0 if name == "transition" else -1, 2, shape, generator=generator).float()
+        gate = name in ("alpha", "eta")
+        return torch.randint(0 if gate else -1, 2, shape, generator=generator).float()
 
     return draw
 
 
 def normal(seed: int) -> Draw:
     generator = torch.Generator().manual_seed(seed)
-    return lambda name, *shape: torch.randn(shape, generator=generator) * (1 if name in "wk" else 0.1)
+
+    def draw(name: str, *shape: int) -> Tensor:
+        x = torch.randn(shape, generator=generator)
+        return x.sigmoid() if name in ("theta", "alpha", "eta") else x * (1 if name in "wk" else 0.1)
+
+    return draw
 
 
+# chain and outputs in programs of their own, and in one with a multiprocessor of its own, or half of one
+PLACES = {"apart": 2**20, "fused": 13, "shared": 1}
+
+
+@pytest.mark.parametrize("places", PLACES)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_integers_of_the_plain_memory_are_exact(case: Case) -> None:
-    call, end = given(Case(**vars(case) | {"plain": True}), integers(0))
-    made, used = forward(call, end, torch.float64, lambda x: x)
+def test_integers_of_the_plain_memory_are_exact(case: Case, places: str) -> None:
+    call = given(Case(**vars(case) | {"plain": True}), integers(0))
+    made, used = forward(call, torch.float64, lambda x: x)
     exact = parts(made, used, plain=True)
     for name, x in exact.items():
         assert torch.equal(x, x.bfloat16().double()), name
     for order in ORDERS[1:3]:
-        again = run(call, end, order)
+        again = run(call, order, places=PLACES[places])
         for name, value in parts(again, used, plain=True).items():
             assert torch.equal(value.double(), exact[name]), (name, order)
         assert again.M0[~used].isnan().all()
         assert again.S0[~used].isnan().all()
 
 
+@pytest.mark.parametrize("places", PLACES)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_order_of_events_changes_no_bit_and_errors_are_those_of_the_portable_kernel(case: Case) -> None:
-    """At most twice those of its arithmetic, which rounds the same operands."""
-    call, end = given(case, normal(0))
-    exact, used = forward(call, end, torch.float64, lambda x: x)
-    portable, _ = forward(call, end, torch.float32, lambda x: x.bfloat16().float())
-    made, same, true = (parts(x, used, plain=False) for x in (run(call, end, 0), portable, exact))
+def test_the_order_of_events_changes_no_bit_and_errors_are_those_of_the_portable_kernel(
+    case: Case, places: str
+) -> None:
+    """At most twice those of its arithmetic, which rounds the same operands; recorded or not."""
+    call = given(case, normal(0))
+    exact, used = forward(call, torch.float64, lambda x: x)
+    portable, _ = forward(call, torch.float32, lambda x: x.bfloat16().float())
+    first = run(call, 0, places=PLACES[places])
+    made, same, true = (parts(x, used, plain=False) for x in (first, portable, exact))
     for name in true:
         assert (made[name] - true[name]).norm() <= 2 * (same[name] - true[name]).norm(), name
     for order in ORDERS[1:]:
-        again = parts(run(call, end, order), used, plain=False)
+        again = parts(run(call, order, places=PLACES[places]), used, plain=False)
         assert all(torch.equal(made[name], again[name]) for name in made), order
+    plain = run(call, 3, places=PLACES[places], recorded=False)
+    assert all(torch.equal(x, y) for x, y in zip(plain[4:], first[4:], strict=True))
 
 
 def test_what_is_not_finite_stays_in_its_sequence_and_head() -> None:
     """The row after a tail is another sequence's."""
-    call, end = given(Case(64, 200, cu_seqlens=(0, 100, 200)), normal(0))
-    clean = run(call, end, 0)
-    call.k[0, 100, 1], call.v[0, 101, 1] = torch.nan, torch.inf
-    made = run(call, end, 0)
-    assert made.M[1, 1].isnan().all()
-    for value, before in ((made.M, clean.M), (made.S, clean.S)):
-        assert torch.equal(value[0], before[0])
-        assert torch.equal(value[1, 0], before[1, 0])
-    assert torch.equal(made.x[0, :100], clean.x[0, :100])
+    call = given(Case(64, 200, cu_seqlens=(0, 100, 200)), normal(0))
+    clean = run(call, 0)
+    call.k[0, 100, 1], call.v[0, 101, 1], call.theta[0, 102, 1] = torch.nan, torch.inf, torch.nan
+    for places in PLACES.values():
+        made = run(call, 0, places=places)
+        assert made.M[1, 1].isnan().all()
+        for value, before in ((made.M, clean.M), (made.S, clean.S)):
+            assert torch.equal(value[0], before[0])
+            assert torch.equal(value[1, 0], before[1, 0])
+        assert torch.equal(made.x[0, :100], clean.x[0, :100])
 
 
 WHOLE, RAGGED = Case(64, 256), Case(40, 200, cu_seqlens=(0, 100, 200), offset=(7, 0))
@@ -277,13 +320,13 @@ def test_planted_faults_are_noticed(name: str) -> None:
     case, old, new = FAULTS[name]
     source = (gluon_interpreter.KERNELS / "hopper" / "state.py").read_text()
     assert source.count(old) == 1
-    call, end = given(case, normal(0))
+    call = given(case, normal(0))
     if case.cu_seqlens:
         call.k[0, case.cu_seqlens[1]] = torch.inf
-    right = run(call, end, 0)
+    right = run(call, 0)
     for order in ORDERS:
         try:
-            wrong = run(call, end, order, lambda text: text.replace(old, new))
+            wrong = run(call, order, lambda text: text.replace(old, new))
         except (gluon_interpreter.Deadlock, AssertionError):
             return
         if not all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(right, wrong, strict=True)):

@@ -235,33 +235,40 @@ def all_used(plan: Plan) -> bool:
     return plan.layout.NB == 1 and plan.where.cu_seqlens is None and plan.where.offset is None
 
 
-def hopper_forward(plan: Plan, saved: Saved) -> tuple[Tensor, ...]:
-    """The forward for compute capability 9.0: o and the final state; writes `saved`."""
-    # Gluon is experimental: it is imported where it is used
-    from titans.kernels.hopper.ends import launch_ends
-    from titans.kernels.hopper.forward import launch_forward
-
-    call, where, key = plan.call, plan.where, plan.key
-    o, final = torch.empty_like(call.q), State(*(torch.empty_like(call.M) for _ in range(3)))
-    step_end, count = launch_ends(call, plan.layout, where, plan.gate_tile, key)
-    # its outputs see the gates
-    tile = tile_of(call, plan.layout, log_gates=True) if call.log_gates else plan.tile
-    launch_forward(call, where, tile, step_end, count, saved, final, o, key)
-    return o, *final
-
-
-def forward(call: Call) -> tuple[Tensor, ...]:
-    """The op: o, the final M, S and anchor, and for the backward the M0 and S0 of every block, x and r."""
-    plan = plan_of(call)
+def room_for_saved(plan: Plan) -> Saved:
+    """Room for what the backward needs of the forward."""
+    call = plan.call
     (_, H, D, _), K = call.M.shape, plan.layout.slots
     x, r = kept(call)
     # slots that no block uses are defined all the same
     new, like = (x.new_empty, torch.empty_like) if all_used(plan) else (x.new_zeros, torch.zeros_like)
     M0 = new(K, H, D, D)
-    saved = Saved(M0, like(M0), x, r)
-    if K * H == 0:
-        return torch.empty_like(call.q), call.M.clone(), call.S.clone(), call.anchor.clone(), *saved[:4]
-    if hopper.stages_of(call).forward:
+    return Saved(M0, like(M0), x, r)
+
+
+def hopper_forward(plan: Plan, saved: Saved | None) -> tuple[Tensor, ...]:
+    """The forward for compute capability 9.0: o and the final state; writes `saved`, if it is recorded."""
+    # Gluon is experimental: it is imported where it is used
+    from titans.kernels.hopper.forward import launch_forward
+
+    call = plan.call
+    o, final = torch.empty_like(call.q), State(*(torch.empty_like(call.M) for _ in range(3)))
+    # it sees the gates
+    tile = tile_of(call, plan.layout, log_gates=True) if call.log_gates else plan.tile
+    launch_forward(call, plan.where, tile, plan.layout.slots, saved, final, o, plan.key)
+    return o, *final
+
+
+def forward(call: Call, recorded: bool = True) -> tuple[Tensor, ...]:
+    """The op: o, the final M, S and anchor, and if `recorded`, for the backward, M0 and S0 of every block, x and r."""
+    plan = plan_of(call)
+    if plan.blocks == 0:
+        return torch.empty_like(call.q), call.M.clone(), call.S.clone(), call.anchor.clone(), *room_for_saved(plan)[:4]
+    on_hopper = hopper.stages_of(call).forward
+    if on_hopper and not recorded:
+        return hopper_forward(plan, None)
+    saved = room_for_saved(plan)
+    if on_hopper:
         return *hopper_forward(plan, saved), *saved[:4]
     c = coefficients(plan)
     final = state(plan, c.step_end, saved)

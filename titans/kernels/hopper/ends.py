@@ -1,117 +1,156 @@
-"""The coefficients that the chain needs: those of the last row of each chunk, without the rows before it."""
+"""The coefficients that the chain needs: those of the last row of each chunk, without the rows before it.
+
+They are made in a launch of their own, or beside the chain where it has warps that have the time, see `fused.py`.
+Every number is a sum of products of numbers that are not negative, as in `coefficients_kernel`, but by a scan. All
+warps of a role scan alike, so the bits do not depend on their number.
+"""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
 
 from titans.arguments import Call
 from titans.kernels.block import own_block
-from titans.kernels.coefficients import linear_gates
+from titans.kernels.hopper.handover import LINE
+from titans.kernels.hopper.state_vjp import WARP
 from titans.kernels.launcher import Launcher
 from titans.kernels.tile import End, Tile, Where
-from titans.partition import Layout
 
-# a program takes so many heads, whose gates lie side by side
-HEADS = tl.constexpr(16)
-# columns of the counts, of which the first is in use: as `handover.LINE`
-LINE = tl.constexpr(32)
+# rows of a slot of coefficients: n_Lj and G_Lj; beta_L, f_L and m_L, of which the first elements count
+N_L, G_L, BETA_L, F_L, M_L = (gl.constexpr(i) for i in range(5))
+ENDS = gl.constexpr(5)
 
 
-@triton.jit
+class Given(NamedTuple):
+    """Gates, as they were passed; (B, T, H)."""
+
+    theta: Tensor
+    alpha: Tensor
+    eta: Tensor
+
+
+class Gates(NamedTuple):
+    """Gates of a chunk, as they were passed, and those of the token after each; (64,) in float32, zero outside."""
+
+    theta: Any
+    alpha: Any
+    eta: Any
+    alpha_next: Any
+    eta_next: Any
+
+
+@gluon.jit
+def load_gates(tokens, step, LAYOUT: gl.constexpr):
+    """Load the gates of a step."""
+    offs_j = gl.arange(0, 64, layout=LAYOUT)
+    at = step.row + offs_j * step.H
+    mask, has_next = offs_j < step.length, offs_j + 1 < step.length
+    return Gates(
+        gl.load(tokens.theta + at, mask=mask, other=0.0).to(gl.float32),
+        gl.load(tokens.alpha + at, mask=mask, other=0.0).to(gl.float32),
+        gl.load(tokens.eta + at, mask=mask, other=0.0).to(gl.float32),
+        gl.load(tokens.alpha + at + step.H, mask=has_next, other=0.0).to(gl.float32),
+        gl.load(tokens.eta + at + step.H, mask=has_next, other=0.0).to(gl.float32),
+    )
+
+
+@gluon.jit
 def then(later_m, later_f, later_beta, m, f, beta):
     """Eq. (7) for two runs of tokens as one: what they make of S, and of S and M for M."""
     return later_m * m, later_f * m + later_beta * f, later_beta * beta
 
 
-@triton.jit
-def load_gates(alpha_ptr, eta_ptr, at, mask):
-    """Alpha and eta as they were passed, zero outside."""
-    return tl.load(alpha_ptr + at, mask=mask, other=0.0), tl.load(eta_ptr + at, mask=mask, other=0.0)
+@gluon.jit
+def near_one(product, log):
+    """The product of decays from the sum of their logs where that is little: as in `coefficients_kernel`."""
+    total = gl.sum(log, 0)
+    return gl.where(total > -1, gl.exp(total), product)
 
 
-@triton.jit
-def near_one(product, log, inside):
-    """Of each head, the product of decays from the sum of their logs where that is little: as `coefficients_kernel`."""
-    total = tl.sum(tl.where(inside, log, 0.0), 0)[None, :]
-    return tl.where(total > -1, tl.exp(total), product)
-
-
-@triton.jit(do_not_specialize=["T", "H", "C", "counts"])
-def ends_kernel(
-    theta_ptr, alpha_ptr, eta_ptr,  # (B, T, H)
-    where,
-    end,  # out
-    count_ptr,  # out: (counts, LINE)
-    T, H, C, counts, tile: tl.constexpr,
-):  # fmt: skip
-    """Eq. (7) at the end L of each block: n_Lj, G_Lj, beta_L, f_L, m_L, as `coefficients_kernel`, by a scan.
-
-    Every number is a sum of products of numbers that are not negative, in another order than there.
-
-    Grid: (K ceil(H / HEADS),).
-    Reads: gates.
-    Writes: the ends; zeros for the counts.
-    """
-    for i in range(tl.program_id(0), counts, tl.num_programs(0)):
-        tl.store(count_ptr + i * LINE, 0)
-    BC: tl.constexpr = tile.BC
-    # a block of groups of heads: only its tokens count here
-    groups = (H + HEADS - 1) // HEADS
-    block = own_block(where, T, groups, C, tile)
-    if block.length <= 0:
-        return
-    offs_j = tl.arange(0, BC)[:, None]
-    offs_h = block.h * HEADS + tl.arange(0, HEADS)[None, :]
-    inside = offs_j < block.length
-    mask = inside & (offs_h < H)
-    at = (block.sequence.begin + block.first) * H + (offs_j * H + offs_h)
-    theta = tl.load(theta_ptr + at, mask=mask, other=0.0)
-    alpha, eta = load_gates(alpha_ptr, eta_ptr, at, mask)
-    log_a, log_eta = alpha.to(tl.float32), eta.to(tl.float32)
-    theta, a, eta = linear_gates(theta, alpha, eta, tile)
-    has_next = offs_j + 1 < block.length
-    alpha, eta_next = load_gates(alpha_ptr, eta_ptr, at + H, mask & has_next)
-    _, a_next, eta_next = linear_gates(eta_next, alpha, eta_next, tile)
+@gluon.jit
+def end_of(gates, length, tile: gl.constexpr, LAYOUT: gl.constexpr):
+    """Eq. (7) at the end L of a chunk: n_Lj and G_Lj; beta_L, f_L and m_L, each as a first element."""
+    theta, alpha, eta, alpha_next, eta_next = gates.theta, gates.alpha, gates.eta, gates.alpha_next, gates.eta_next
+    log_a, log_eta = alpha, eta
+    if tile.LOG:
+        theta, a, eta = gl.exp(theta), gl.exp(alpha), gl.exp(eta)
+        a_next, eta_next = gl.exp(alpha_next), gl.exp(eta_next)
+    else:
+        a, a_next = 1 - alpha, 1 - alpha_next
+    offs_j = gl.arange(0, 64, layout=LAYOUT)
+    inside, has_next = offs_j < length, offs_j + 1 < length
     # what the tokens after j make of the update of token j, which is in S and in M alike
-    m, f, beta = tl.associative_scan(
-        (tl.where(has_next, eta_next, 1.0), tl.where(has_next, eta_next, 0.0), tl.where(has_next, a_next, 1.0)),
+    m, f, beta = gl.associative_scan(
+        (gl.where(has_next, eta_next, 1.0), gl.where(has_next, eta_next, 0.0), gl.where(has_next, a_next, 1.0)),
         0, then, reverse=True,
     )  # fmt: skip
-    index = (block.index // groups) * H + offs_h
-    weights = end.weights + index * (2 * BC) + offs_j
-    heads = offs_h + offs_j * 0 < H
-    tl.store(weights, tl.where(inside, m * theta, 0.0), mask=heads)
-    tl.store(weights + BC, tl.where(inside, (f + beta) * theta, 0.0), mask=heads)
+    n, G = gl.where(inside, m * theta, 0.0), gl.where(inside, (f + beta) * theta, 0.0)
     # what token 0 and those after it make of the state
     m, f, beta = m * eta, (f + beta) * eta, beta * a
     if tile.LOG:
-        beta, m = near_one(beta, log_a, inside), near_one(m, log_eta, inside)
-    first = (offs_j == 0) & heads
-    transition = end.transition + index * 3 + offs_j
-    tl.store(transition, beta, mask=first)
-    tl.store(transition + 1, f, mask=first)
-    tl.store(transition + 2, m, mask=first)
+        beta, m = near_one(beta, gl.where(inside, log_a, 0.0)), near_one(m, gl.where(inside, log_eta, 0.0))
+    return n, G, beta, f, m
 
 
-run = Launcher(ends_kernel)
+@gluon.jit
+def store_end(c_s, first, gates, length, tile: gl.constexpr, LAYOUT: gl.constexpr):
+    """Keep `end_of` in rows `first` to `first + ENDS - 1` of c_s, in shared memory."""
+    n, G, beta, f, m = end_of(gates, length, tile, LAYOUT)
+    c_s.index(first + N_L).store(n)
+    c_s.index(first + G_L).store(G)
+    c_s.index(first + BETA_L).store(beta)
+    c_s.index(first + F_L).store(f)
+    c_s.index(first + M_L).store(m)
 
 
-def launch_ends(call: Call, layout: Layout, where: Where, tile: Tile, key: Hashable) -> tuple[End, Tensor]:
-    """Launch the kernel: what the chain needs of (7), and the counts of the forward."""
-    (N, H), T, K = call.M.shape[:2], call.q.shape[1], layout.slots
-    new = functools.partial(call.M.new_empty, K, H)
-    end, count = End(new(2, layout.BC), new(3)), call.M.new_empty(N * H + 1, LINE.value, dtype=torch.int32)
-    sizes: dict[str, Any] = {"T": T, "H": H, "C": call.chunk_size, "counts": N * H + 1}
+@gluon.jit(do_not_specialize=["T", "H", "blocks", "counts"])
+def hopper_ends_kernel(
+    gates,
+    where,
+    end,  # out
+    count_ptr,  # out: (counts, LINE)
+    T, H, blocks, counts, tile: gl.constexpr,
+):  # fmt: skip
+    """Eq. (7) at the end of each chunk.
+
+    Grid: (K H,), the `blocks`, one warp each.
+    Reads: gates.
+    Writes: the ends; zeros for the counts.
+    """
+    for i in range(gl.program_id(0), counts, blocks):
+        gl.store(count_ptr + i * LINE, 0)
+    block = own_block(where, T, H, 64, tile)
+    if block.length > 0:
+        n, G, beta, f, m = end_of(load_gates(gates, block, WARP), block.length, tile, WARP)
+        offs_j = gl.arange(0, 64, layout=WARP)
+        weights = end.weights + block.index * 128 + offs_j
+        gl.store(weights, n)
+        gl.store(weights + 64, G)
+        first = offs_j == 0
+        transition = end.transition + block.index * 3 + offs_j
+        gl.store(transition, beta, mask=first)
+        gl.store(transition + 1, f, mask=first)
+        gl.store(transition + 2, m, mask=first)
+
+
+run = Launcher(hopper_ends_kernel)
+
+
+def launch_ends(call: Call, where: Where, tile: Tile, slots: int, key: Hashable) -> tuple[End, Tensor]:
+    """Launch the kernel for so many slots: what the chain needs of (7), and the counts of the forward."""
+    (N, H), T = call.M.shape[:2], call.q.shape[1]
+    end = End(call.M.new_empty(slots, H, 2, 64), call.M.new_empty(slots, H, 3))
+    counts = N * H + 1
+    count = call.M.new_empty(counts, LINE.value, dtype=torch.int32)
     run(
-        K * -(-H // HEADS.value), key,
-        theta_ptr=call.theta, alpha_ptr=call.alpha, eta_ptr=call.eta, where=where, end=end, count_ptr=count, **sizes,
-        tile=tile, num_warps=4, num_stages=1,
+        slots * H, key,
+        gates=Given(call.theta, call.alpha, call.eta), where=where, end=end, count_ptr=count,
+        T=T, H=H, blocks=slots * H, counts=counts, tile=tile, num_warps=1,
     )  # fmt: skip
     return end, count

@@ -1,4 +1,4 @@
-"""The forward in two launches: the ends of the chunks; then the chain and, beside it, the outputs."""
+"""The forward: the ends of the chunks, then the chain and, beside it, the outputs; or all in one, see `fused.py`."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from triton.experimental.gluon import language as gl
 
 from titans.arguments import Call
 from titans.kernels.hopper.common import TILE, Descriptor, aligned, copying, product
+from titans.kernels.hopper.ends import launch_ends
+from titans.kernels.hopper.fused import hopper_fused_kernel
 from titans.kernels.hopper.handover import LINE, take_ticket
 from titans.kernels.hopper.output import Engine, Tokens, run_outputs
 from titans.kernels.hopper.state import run_chain
 from titans.kernels.hopper.state_vjp import rows_of_heads, squares
 from titans.kernels.launcher import Launcher
-from titans.kernels.tile import Affine, End, Saved, State, Tile, Where
+from titans.kernels.tile import Affine, Saved, State, Tile, Where
 
 
-@gluon.jit(do_not_specialize=["T", "H", "chains"])
+@gluon.jit(do_not_specialize=["T", "H", "chains", "recorded"])
 def hopper_forward_kernel(
     k_ptr, v_ptr,  # (B, T, H, D)
     # tokens (B T, H D), states (K H D, D), as the chain moves them
@@ -32,7 +34,7 @@ def hopper_forward_kernel(
     saved, final,  # out
     o_ptr,  # out: (B, T, H, D)
     count_ptr,  # (N H + 1, LINE), zeros in column 0: chunks that each chain has stored; programs that have begun
-    T, H, chains, eps, tile: gl.constexpr,
+    T, H, chains, recorded, eps, tile: gl.constexpr,
     TOKENS: gl.constexpr, SQUARE: gl.constexpr, CHAIN_COPY: gl.constexpr, OUTPUT_COPY: gl.constexpr,
     CHAIN_REGISTERS: gl.constexpr, OUTPUT_REGISTERS: gl.constexpr,
     STAGES: gl.constexpr, ROWS: gl.constexpr, SQUARES: gl.constexpr, GRAMS: gl.constexpr,
@@ -41,14 +43,14 @@ def hopper_forward_kernel(
 
     Grid: (2 N H,).
     Reads: q, k, v, w, b, gates, coefficients of the chunks' ends, the initial state.
-    Writes: o, the final state; M0 and S0 of each chunk, x, r and u of (2).
+    Writes: o, the final state; M0 and S0 of each chunk, u of (2); if `recorded`, x and r.
     """
     ticket = take_ticket(count_ptr + chains * LINE)
     pid = ticket // 2
     if ticket % 2 == 0:
         run_chain(
             pid, k_ptr, v_ptr, k_engine, v_engine, x_engine, u_engine, M0_engine, S0_engine, affine, step_end,
-            initial, where, saved, final, tokens.u, count_ptr, T, H, eps, tile,
+            initial, where, saved, final, tokens.u, count_ptr, T, H, recorded, eps, tile,
             TOKENS, SQUARE, CHAIN_COPY, STAGES, CHAIN_REGISTERS,
         )  # fmt: skip
     else:
@@ -60,20 +62,14 @@ def hopper_forward_kernel(
 
 
 @functools.cache
-def options(BD: int, alone: bool) -> dict[str, Any]:
-    """Constants of the kernel that depend on the width of its tiles, and on whether there are few programs.
-
-    If not, two programs of narrow tiles share a multiprocessor: so they have no more than 128 registers a thread to
-    begin with, of which those of the copies go to the chain.
-    """
+def options(BD: int) -> dict[str, Any]:
+    """Constants of the kernel that depend on the width of its tiles."""
     if BD == 64:
         layout, copy = product([4, 1], 64), copying(64, 4)
-        layouts = {"TOKENS": layout, "SQUARE": layout, "CHAIN_COPY": copy, "OUTPUT_COPY": copy}
-        registers = {"CHAIN_REGISTERS": 48, "OUTPUT_REGISTERS": 64}
-        if alone:
-            return layouts | registers | {"STAGES": 4, "ROWS": 4, "SQUARES": 3, "GRAMS": 2, "num_warps": 4}
-        return layouts | registers | {
-            "STAGES": 3, "ROWS": 2, "SQUARES": 2, "GRAMS": 1, "num_warps": 4, "maxnreg": 128,
+        return {
+            "TOKENS": layout, "SQUARE": layout, "CHAIN_COPY": copy, "OUTPUT_COPY": copy,
+            "CHAIN_REGISTERS": 48, "OUTPUT_REGISTERS": 64, "STAGES": 4, "ROWS": 4, "SQUARES": 3, "GRAMS": 2,
+            "num_warps": 4,
         }  # fmt: skip
     return {
         "TOKENS": product([4, 2], 64), "SQUARE": product([8, 1], 128),
@@ -83,12 +79,26 @@ def options(BD: int, alone: bool) -> dict[str, Any]:
 
 
 @functools.cache
+def fused_options(alone: bool) -> dict[str, Any]:
+    """Constants of the fused kernel, which depend on whether each program has a multiprocessor of its own.
+
+    If not, two share one: so they have no more than 128 registers a thread to begin with, of which those of the other
+    roles go to the first.
+    """
+    layouts = {"Y": product([4, 1], 64)}
+    if alone:
+        return layouts | {"STAGES": 3, "GRAMS": 2, "REGISTERS": 64, "num_warps": 4}
+    return layouts | {"STAGES": 2, "GRAMS": 1, "REGISTERS": 40, "num_warps": 4, "maxnreg": 128}
+
+
+@functools.cache
 def multiprocessors(device: torch.device) -> int:
     """Of the GPU; where there is none, of the GPU tuned for."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 run = Launcher(hopper_forward_kernel)
+run_fused = Launcher(hopper_fused_kernel)
 
 
 def engines(k: Tensor, v: Tensor, u: Tensor, saved: Saved, BS: int) -> dict[str, Descriptor | None]:
@@ -102,9 +112,8 @@ def engines(k: Tensor, v: Tensor, u: Tensor, saved: Saved, BS: int) -> dict[str,
 
 
 def launch_forward(
-    call: Call, where: Where, tile: Tile, step_end: End, count: Tensor, saved: Saved, final: State, o: Tensor,
-    key: Hashable,
-) -> None:  # fmt: skip
+    call: Call, where: Where, tile: Tile, slots: int, saved: Saved | None, final: State, o: Tensor, key: Hashable
+) -> None:
     """Launch the kernel.
 
     Parameters
@@ -112,11 +121,11 @@ def launch_forward(
     call : Call
     where : Where
     tile : Tile
-    step_end : End
-        Of every chunk.
-    count : Tensor, shape (N H + 1, LINE), int32
-        Zeros in column 0.
-    saved, final, o
+    slots : int
+        K, of the layout.
+    saved : Saved or None
+        Where to save what the backward needs; None: nowhere.
+    final, o
         The results.
     key : Hashable
         Of `Launcher`.
@@ -127,17 +136,33 @@ def launch_forward(
         for new, old in zip(final, initial, strict=True):
             new.copy_(old)
         return
-    BD, chains = 64 if D <= 64 else 128, N * H
+    BD, chains, places = 64 if D <= 64 else 128, N * H, multiprocessors(call.q.device)
+    fused = BD == 64 and 2 * chains > places
     q, k, v = aligned(call.q), aligned(call.k), aligned(call.v)
-    u = torch.empty_like(k)
-    rows = {f"{name}_rows": rows_of_heads(x, BD) for name, x in (("q", q), ("k", k), ("u", u), ("o", o))}
+    u = k if fused else torch.empty_like(k)
+    recorded = int(saved is not None)
+    if saved is None:
+        # o and its like are not written through these, but the kernels want tensors; M0 and S0 are handed over
+        M0, S0 = (q.new_empty(1 if fused else slots, H, D, D) for _ in range(2))
+        saved = Saved(M0, S0, o, final.M)
     states = {"M0_square": squares(saved.M0, BD), "S0_square": squares(saved.S0, BD)}
-    alone = 2 * chains <= multiprocessors(call.q.device)
+    affine = Affine(call.w, call.b)
+    results: dict[str, Any] = {"initial": initial, "where": where, "saved": saved, "final": final, "o_ptr": o}
+    tokens = Tokens(q, k, u, call.theta, call.alpha, call.eta)
+    if fused:
+        tensors = (("q", q), ("k", k), ("v", v), ("x", saved.x), ("o", o))
+        run_fused(
+            chains, (key, chains <= places),
+            **{f"{name}_rows": rows_of_heads(x, BD) for name, x in tensors}, **states, tokens=tokens, v_ptr=v,
+            affine=affine, **results,
+            T=T, H=H, recorded=recorded, eps=call.eps, tile=tile, **fused_options(chains <= places),
+        )  # fmt: skip
+        return
+    step_end, count = launch_ends(call, where, tile, slots, key)
+    rows = {f"{name}_rows": rows_of_heads(x, BD) for name, x in (("q", q), ("k", k), ("u", u), ("o", o))}
     run(
-        2 * chains, (key, alone),
+        2 * chains, key,
         k_ptr=k, v_ptr=v, **engines(k, v, u, saved, call.chunk_size), **rows, **states,
-        tokens=Tokens(q, k, u, call.theta, call.alpha, call.eta), affine=Affine(call.w, call.b), step_end=step_end,
-        initial=initial, where=where, saved=saved, final=final, o_ptr=o, count_ptr=count,
-        T=T, H=H, chains=chains, eps=call.eps, tile=tile,
-        **options(BD, alone),
+        tokens=tokens, affine=affine, step_end=step_end, **results, count_ptr=count,
+        T=T, H=H, chains=chains, recorded=recorded, eps=call.eps, tile=tile, **options(BD),
     )  # fmt: skip

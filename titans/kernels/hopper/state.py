@@ -2,7 +2,7 @@
 
 chain   4 or 8 warps   u = u(k A), M and S; both in the float32 accumulators of the tensor cores
 copies  4 warps        k, v and the coefficients of the steps' ends to shared memory, STAGES steps ahead;
-                       M0, S0, x, r and u from there; the count of the steps for which all this is done
+                       M0, S0, u, and x and r if wanted, from there; the count of the steps for which this is done
 
 The chain's warps touch global memory before and after the loop only: their fences would wait for it. Where a row fills
 a tile, the copy engine moves k, v, M0 and S0, and x and u of whole chunks. Copies by warps took up to a fifth of a
@@ -101,19 +101,20 @@ def save_squares(M0_engine, S0_engine, saved, A_s, S_s, row, wanted, tile: gl.co
 
 
 @gluon.jit
-def save_tokens(x_engine, u_engine, saved, u_ptr, x_s, u_s, r_s, step, token, h, tile: gl.constexpr):
-    """Start storing x and u of a step, and store r; the engine would store rows after its last as well."""
+def save_tokens(engine, x_ptr, x_s, step, token, h, tile: gl.constexpr):
+    """Start storing x or u of a step; the engine would store rows after its last as well."""
     if tile.D == tile.BD:
         if step.length == tile.BS:
-            at = [token.to(gl.int32), h * tile.D]
-            tma.async_copy_shared_to_global(x_engine, at, x_s)
-            tma.async_copy_shared_to_global(u_engine, at, u_s)
+            tma.async_copy_shared_to_global(engine, [token.to(gl.int32), h * tile.D], x_s)
         else:
-            save_part(saved.x, x_s, step.row, step.H, step.length, tile)
-            save_part(u_ptr, u_s, step.row, step.H, step.length, tile)
+            save_part(x_ptr, x_s, step.row, step.H, step.length, tile)
     else:
-        save_part(saved.x, x_s, step.row, step.H, step.length, tile)
-        save_part(u_ptr, u_s, step.row, step.H, step.length, tile)
+        save_part(x_ptr, x_s, step.row, step.H, step.length, tile)
+
+
+@gluon.jit
+def save_r(saved, r_s, step, tile: gl.constexpr):
+    """Store r of a step."""
     if tile.NORM:
         offs_t = gl.arange(0, tile.BS, layout=ONE_EACH)
         gl.store(saved.r + step.row + offs_t * step.H, r_s.load(ONE_EACH), mask=offs_t < step.length)
@@ -143,7 +144,7 @@ def hand_over(count_ptr, pid, chunks, tile: gl.constexpr):
 @gluon.jit
 def copy_part(
     pid, k_ptr, v_ptr, k_engine, v_engine, x_engine, u_engine, M0_engine, S0_engine, step_end, saved, u_ptr, count_ptr,
-    k_s, v_s, c_s, A_s, S_s, x_s, u_s, r_s, full, done, read, sequence, steps, H,
+    k_s, v_s, c_s, A_s, S_s, x_s, u_s, r_s, full, done, read, sequence, steps, recorded, H,
     tile: gl.constexpr, COPY: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """After step i: save x, r and u of step i, M0 and S0 of step i + 1, and fetch the operands of step i + STAGES."""
@@ -159,7 +160,10 @@ def copy_part(
             token = sequence.begin + span(i, sequence, tile.BS, tile.BS, tile)[0]
             next_square = (own.index + H) * tile.D
             save_squares(M0_engine, S0_engine, saved, A_s, S_s, next_square, i + 1 < steps, tile)
-            save_tokens(x_engine, u_engine, saved, u_ptr, x_s, u_s, r_s, own, token, h, tile)
+            save_tokens(u_engine, u_ptr, u_s, own, token, h, tile)
+            if recorded > 0:
+                save_tokens(x_engine, saved.x, x_s, own, token, h, tile)
+                save_r(saved, r_s, own, tile)
         if ahead < steps:
             step = own_step(ahead, sequence, h, H, tile.BS, tile)
             token = sequence.begin + span(ahead, sequence, tile.BS, tile.BS, tile)[0]
@@ -217,7 +221,7 @@ def inner_gradient(y, target, w_s, length, eps, tile: gl.constexpr, LAYOUT: gl.c
 @gluon.jit
 def chain_part(
     pid, affine, initial, saved, final, k_s, v_s, c_s, A_s, S_s, uG_s, un_s, x_s, u_s, r_s, w_s,
-    full, done, read, sequence, steps, H, eps,
+    full, done, read, sequence, steps, recorded, H, eps,
     tile: gl.constexpr, TOKENS: gl.constexpr, SQUARE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The steps. A is the anchor of the first, then M rounded to bfloat16."""
@@ -268,9 +272,10 @@ def chain_part(
         un_s.store((as_column(c_s.index(3 * slot), TOKENS) * -2 * u).to(gl.bfloat16))
         mbarrier.wait(read.index(0), (i & 1) ^ 1)
         u_s.store(u.to(gl.bfloat16))
-        x_s.store(x.to(gl.bfloat16))
-        if tile.NORM:
-            r_s.store(r)
+        if recorded > 0:
+            x_s.store(x.to(gl.bfloat16))
+            if tile.NORM:
+                r_s.store(r)
         fence_async_shared()
         S = warpgroup_mma(k_T, un_s, S, is_async=True)
         M = warpgroup_mma_wait(1, deps=[M, k, uG_s])[0]
@@ -288,13 +293,14 @@ def chain_part(
 @gluon.jit
 def run_chain(
     pid, k_ptr, v_ptr, k_engine, v_engine, x_engine, u_engine, M0_engine, S0_engine, affine, step_end, initial, where,
-    saved, final, u_ptr, count_ptr, T, H, eps, tile: gl.constexpr,
+    saved, final, u_ptr, count_ptr, T, H, recorded, eps, tile: gl.constexpr,
     TOKENS: gl.constexpr, SQUARE: gl.constexpr, COPY: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Eq. (8)-(10), as `titans.kernels.state.state_kernel`, for chunks of BS tokens, of sequence and head `pid`.
 
     Reads: k, v, w, b, coefficients of the steps' ends, the initial state.
-    Writes: M0, S0 of each block, x and r of (2) (x = k A in the plain memory), u, the final state; how many chunks.
+    Writes: M0, S0 of each block, u, the final state; how many chunks; if `recorded`, x and r of (2), x = k A in the
+    plain memory.
     """
     BS: gl.constexpr = tile.BS
     BD: gl.constexpr = tile.BD
@@ -321,10 +327,10 @@ def run_chain(
     gl.warp_specialize(
         [
             (chain_part, (pid, affine, initial, saved, final, k_s, v_s, c_s, A_s, S_s, uG_s, un_s, x_s, u_s, r_s, w_s,
-                          full, done, read, sequence, steps, H, eps, tile, TOKENS, SQUARE, STAGES)),
+                          full, done, read, sequence, steps, recorded, H, eps, tile, TOKENS, SQUARE, STAGES)),
             (copy_part, (pid, k_ptr, v_ptr, k_engine, v_engine, x_engine, u_engine, M0_engine, S0_engine, step_end,
                          saved, u_ptr, count_ptr, k_s, v_s, c_s, A_s, S_s, x_s, u_s, r_s,
-                         full, done, read, sequence, steps, H, tile, COPY, STAGES)),
+                         full, done, read, sequence, steps, recorded, H, tile, COPY, STAGES)),
         ],
         [4],
         [REGISTERS],
