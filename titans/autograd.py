@@ -1,5 +1,6 @@
 """The registered operators: `titans::chunked`, the chunk form, `titans::chunked_backward` and `titans::step`.
 
+`titans::plain` is the chunk form without residuals; where its call is recorded it becomes `titans::chunked`.
 `torch.compile` and CUDA graphs see one opaque operator per direction. The residuals of the forward are the memory M0
 and the momentum S0 that each piece starts from, and for the kernels x and r of eq. (2), which are empty for the other
 backends. The kernels are imported when they are first needed: Triton exists on Linux only.
@@ -68,8 +69,8 @@ def _define(
 
 def _differentiate(
     operator: Any, save: Callable[..., None], backward: Callable[..., Any], definition: Callable[..., Any] | None = None
-) -> None:
-    """Make the operator differentiable.
+) -> Callable[..., Any]:
+    """Make the operator differentiable, and return what it does now.
 
     Parameters
     ----------
@@ -100,16 +101,27 @@ def _differentiate(
     record = super(torch.autograd.Function, function).apply
 
     def run(*arguments: Any) -> Any:
-        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        if _transformed():
             if definition and in_forward_mode() and (results := definition(*arguments)) is not None:
                 return results
             with enable_single_level_autograd_function():
                 return record((torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()), *arguments)
-        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
+        if _recorded(arguments):
             return record(None, *arguments)
         return _below_autograd(operator, arguments)
 
     _implement(name, run, "Autograd")
+    return run
+
+
+def _transformed() -> bool:
+    """Whether a transform of `torch.func` or forward mode is at work."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _recorded(arguments: tuple[Any, ...]) -> bool:
+    """Whether reverse mode records this call."""
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
 
 
 def _below_autograd(operator: Any, arguments: tuple[Any, ...], modes: tuple[bool, bool] | None = None) -> Any:
@@ -159,6 +171,30 @@ def _fake_chunked(*arguments: Any) -> tuple[Tensor, ...]:
     final = [call.M.new_empty(call.M.shape) for _ in range(3)]
     states = [call.M.new_empty(pieces, H, D, D, dtype=dtype) for _ in range(2)]
     return call.q.new_empty(call.q.shape), *final, *states, x, r
+
+
+def _plain(*arguments: Any) -> tuple[Tensor, ...]:
+    """Compute o, and the final M, S and anchor."""
+    *fields, backend = arguments
+    if backend != "triton":
+        return _chunked(*arguments)[:4]
+    from titans import kernels
+
+    call = Call(*fields).contiguous()
+    with _alone_with(call.q):
+        check_values(call)
+        return kernels.forward(call, recorded=False)[:4]
+
+
+def _fake_plain(*arguments: Any) -> tuple[Tensor, ...]:
+    return _fake_chunked(*arguments)[:4]
+
+
+def _plain_or_recorded(*arguments: Any) -> tuple[Tensor, ...]:
+    if _transformed() or _recorded(arguments):
+        results: tuple[Tensor, ...] = _differentiable(*arguments)[:4]
+        return results
+    return _below_autograd(plain, arguments)  # type: ignore[no-any-return]
 
 
 def _chunked_by_definition(*arguments: Any) -> tuple[Tensor, ...] | None:
@@ -285,6 +321,7 @@ def _fake_decode(q: Tensor, *_: Any) -> Tensor:
 
 _STATE = "Tensor M, Tensor S, Tensor anchor"
 chunked = _define("chunked", _ARGUMENTS, f"Tensor o, {_STATE}, {_RESIDUALS}", _chunked, _fake_chunked)
+plain = _define("plain", _ARGUMENTS, f"Tensor o, {_STATE}", _plain, _fake_plain)
 _BACKWARD = f"{_ARGUMENTS}, {_RESIDUALS}, {_COTANGENTS}"
 chunked_backward = _define("chunked_backward", _BACKWARD, _GRADIENTS, _chunked_backward, _fake_chunked_backward)
 step = _define("step", _CALL, f"Tensor o, {_STATE}, Tensor offset", _step, _fake_step)
@@ -293,6 +330,7 @@ _DECODED = [*_OWN, *decoding.DecodeFields._fields, "kernels"]
 _MOVED = ", ".join(f"Tensor({chr(97 + i)}!) {name}" for i, name in enumerate(decoding.DecodeFields._fields))
 _GIVEN = ", ".join(f"{_TYPES[kind]} {name}" for name, kind in get_type_hints(Call).items() if name in _OWN)
 decode = _define("decode", f"{_GIVEN}, {_MOVED}, bool kernels", "Tensor o", _decode, _fake_decode, vmap=False)
-_differentiate(chunked, _save_chunked, _differentiate_chunked, _chunked_by_definition)
+_differentiable = _differentiate(chunked, _save_chunked, _differentiate_chunked, _chunked_by_definition)
+_implement("plain", _plain_or_recorded, "Autograd")
 _differentiate(chunked_backward, _save_nothing, _refuse)
 _differentiate(step, _save_step, _differentiate_step)

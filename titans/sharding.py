@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from titans.arguments import Call
-from titans.autograd import chunked, chunked_backward, step
+from titans.autograd import chunked, chunked_backward, plain, step
 from titans.layer import TitansLinear
 
 # dimension along which a parameter is cut; None: every process has all of it
@@ -171,7 +171,8 @@ def register() -> None:
     """Give DTensor the rules, once; called when the op first meets a tensor of another type than `Tensor`."""
     from torch.distributed.tensor.experimental import register_sharding
 
-    for operator, rule in ((chunked, _chunked), (chunked_backward, _chunked_backward), (step, _step)):
+    rules = ((chunked, _chunked), (plain, _plain), (chunked_backward, _chunked_backward), (step, _step))
+    for operator, rule in rules:
         register_sharding(operator)(rule)
 
 
@@ -211,6 +212,10 @@ def _chunked(*arguments: Any) -> list[tuple[list[Any], list[Any]]]:
         ([rule.tokens, *[rule.states] * 3, *_residuals(call, rule, backend)], [*_fields(call, rule), None])
         for rule in _rules(call.cu_seqlens is not None)
     ]
+
+
+def _plain(*arguments: Any) -> list[tuple[list[Any], list[Any]]]:
+    return [(results[:4], given) for results, given in _chunked(*arguments)]
 
 
 def _chunked_backward(*arguments: Any) -> list[tuple[list[Any], list[Any]]]:

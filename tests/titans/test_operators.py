@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.titans.test_op import BACKENDS, INTERPRETED, NAMES, Arguments, B, C, D, H, T, arguments, packed, state
 from titans import chunk_titans_linear, titans_linear_step
 from titans.arguments import Call
-from titans.autograd import chunked, chunked_backward, step
+from titans.autograd import chunked, chunked_backward, plain, step
 
 PLAIN: Arguments = {"w": None, "b": None}
 CALLS = {
@@ -56,6 +56,20 @@ def test_the_operator_keeps_its_promises_to_pytorch(given: Arguments, backend: s
         torch.library.opcheck(
             chunked_backward, (*operands(given, False), backend, *residuals, *cotangents), test_utils=tests
         )
+
+
+@pytest.mark.parametrize("given", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize("backend", OPERATORS)
+def test_the_operator_without_residuals_keeps_its_promises_to_pytorch(given: Arguments, backend: str) -> None:
+    """And gives the same bits, recorded or not."""
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    call = operands(given)
+    torch.library.opcheck(plain, (*call, backend), test_utils=tests if backend == "triton" else "ALL")
+    recorded = plain(*call, backend)
+    assert recorded[0].requires_grad
+    with torch.no_grad():
+        for results in (plain(*call, backend), chunked(*call, backend)[:4]):
+            assert all(torch.equal(x, y) for x, y in zip(recorded, results, strict=True))
 
 
 @pytest.mark.parametrize("given", [CALLS[name] for name in ("a batch", "plain", "resumed", "no sequences")])
