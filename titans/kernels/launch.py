@@ -387,11 +387,11 @@ def hopper_backward(plan: Plan, saved: Saved, do: Tensor, dfinal: State, daffine
         for new, old in zip(dinitial, dfinal, strict=True):
             new.copy_(old)
         return dq, dk, du, *dgates, *dinitial
-    end, _ = launch_ends(call, plan.layout, where, plan.gate_tile, key)
+    # these see the gates
+    tile = tile_of(call, plan.layout, log_gates=True) if call.log_gates else plan.tile
+    end, _ = launch_ends(call, where, tile, plan.layout.slots, key)
     drows, dend = Rows(*room(plan, 2 * 64, 64 * 64)), End(*(torch.empty_like(x) for x in end))
     dstate = BlockState(torch.empty_like(saved.M0), torch.empty_like(saved.S0))
-    # its G is made of the gates
-    tile = tile_of(call, plan.layout, log_gates=True) if call.log_gates else plan.tile
     launch_output_vjp(call, where, tile, blocks, saved, do, drows, dq, du, dk, dstate, daffine, key)
     launch_state_vjp(call, where, plan.tile, end, saved, dfinal, du, dstate, dstate, dinitial, key)
     launch_key_vjp(call, where, plan.tile, blocks, end, saved, dstate, du, dk, daffine, dend, key)
