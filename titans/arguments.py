@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -56,7 +57,8 @@ class TitansState(_State):
         The offset stays an integer.
         """
         M, S, anchor = (x.to(*args, **kwargs) for x in (self.M, self.S, self.anchor))
-        offset = self.offset.to(M.device, non_blocking=kwargs.get("non_blocking", False))
+        kept = {name: kwargs[name] for name in ("non_blocking", "copy") if name in kwargs}
+        offset = self.offset.to(M.device, **kept)
         return TitansState(M, S, anchor, offset, self.chunk_size)
 
     def cpu(self) -> TitansState:
@@ -68,12 +70,18 @@ class TitansState(_State):
 
         For beams, `sequences` is the tensor of those that survive; one may survive many times.
         """
-        rows = slice(sequences, sequences + 1 or None) if isinstance(sequences, int) else sequences
+        rows = rows_of(sequences)
         return self._each(lambda x: x[rows])
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> TitansState:
         M, S, anchor, offset = map(function, self)
         return TitansState(M, S, anchor, offset, self.chunk_size)
+
+
+def rows_of(sequences: Any) -> Any:
+    """An index of some sequences that keeps their axis, as a number alone would not."""
+    alone = isinstance(sequences, Integral) or (isinstance(sequences, Tensor) and sequences.ndim == 0)
+    return [int(sequences)] if alone else sequences
 
 
 # so that torch.load(..., weights_only=True), its default, accepts a saved state

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import _register_namedtuple
 
-from titans.arguments import Call, TitansState, compute_dtype
+from titans.arguments import Call, TitansState, compute_dtype, rows_of
+from titans.autocast import without_autocast
 from titans.gates import linear_gates
 from titans.inner import inner_gradient, readout, target
 from titans.partition import block_rows, chunks_per_block
-from titans.validation import is_readable, name_of
+from titans.validation import check_integer, check_offsets, is_readable, name_of
 
 # beta, f, m, and the sums of the logs of beta and m
 DECAYS = 5
@@ -93,7 +94,11 @@ class DecodeState(DecodeFields):
         chunk_size : int, optional
             The chunk length, for a state that does not record it.
         """
+        if not isinstance(state, tuple) or len(state) != 4:
+            raise TypeError(f"`state` must be a TitansState or a tuple of its 4 fields, got {type(state).__name__}")
         C = _chunk_size(state, chunk_size)
+        if is_readable(state[3]):
+            check_offsets("state.offset", state[3].tolist(), C)
         compute = compute_dtype(dtype)
         M, S, anchor = (x.to(compute).clone(memory_format=torch.contiguous_format) for x in state[:3])
         (N, H, D, _), R, stored = M.shape, block_rows(dtype, M.shape[-1]), storage(dtype)
@@ -122,7 +127,8 @@ class DecodeState(DecodeFields):
 
             M, S = settle_in_kernel(call, self)
         else:
-            M, S = settle(self, C)
+            with without_autocast(self.M):
+                M, S = settle(self, C)
         begin, count, _ = self.place[:, :1].reshape(-1, 3).long().unbind(-1)
         # what counts is the first head; without heads nothing depends on it
         offset = (begin + count) % C if self.place.shape[1] else self.place.new_zeros(len(self.M), dtype=torch.int64)
@@ -148,7 +154,7 @@ class DecodeState(DecodeFields):
 
     def select(self, sequences: Any) -> DecodeState:
         """A copy of some sequences: `x[sequences]` of every field; a single number keeps the axis of sequences."""
-        rows = slice(sequences, sequences + 1 or None) if isinstance(sequences, int) else sequences
+        rows = rows_of(sequences)
         # a slice would be a view, and a step of it in place would move this state as well
         return self._each(lambda x: x[rows].clone())
 
@@ -168,7 +174,7 @@ def _chunk_size(state: Any, chunk_size: int | None) -> int:
         raise ValueError("`chunk_size` must be given for a state that does not record it, got None")
     if chunk_size is not None and made_with is not None and chunk_size != made_with:
         raise ValueError(f"`chunk_size` must be that of the state, {made_with}, got {chunk_size}")
-    return chunk_size or made_with  # type: ignore[return-value]
+    return check_integer("chunk_size", made_with if chunk_size is None else chunk_size)
 
 
 def _dtypes(dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:

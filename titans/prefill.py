@@ -7,6 +7,7 @@ from torch import Tensor
 
 from titans import validation
 from titans.api import InitialState, chunk_titans_linear, titans_linear_step
+from titans.autocast import follow_autocast
 from titans.backend import Backend
 from titans.decoding import DecodeState
 from titans.partition import block_rows, chunks_per_block
@@ -52,6 +53,15 @@ def titans_linear_prefill(
     TypeError, ValueError
         As `chunk_titans_linear`.
     """
+    q, k, v = follow_autocast(q, k, v)
+    validation.check_tokens(q, k, v, "(B, T, H, D)")
+    eps, chunk_size = validation.check_options(eps, chunk_size, backend, q, log_gates=log_gates)
+    validation.check_parameters(w, b, q)
+    theta, alpha, eta = (
+        validation.check_gate(name, gate, q, "(B, T, H)")
+        for name, gate in (("theta", theta), ("alpha", alpha), ("eta", eta))
+    )
+    validation.check_state("initial_state", initial_state, q.shape[0], q, chunk_size)
     tokens = q, k, v, theta, alpha, eta
 
     def read(rows: slice | Tensor, start: InitialState, offset: int) -> tuple[Tensor, DecodeState]:
@@ -74,9 +84,10 @@ def titans_linear_prefill(
 
     if not isinstance(initial_state, tuple):
         return read(slice(None), initial_state, 0)
-    validation.check_tokens(q, k, v, "(B, T, H, D)")
-    validation.check_state("initial_state", initial_state, q.shape[0], q, chunk_size)
     M, S, anchor, offset = initial_state
+    # wherever the cuts are, the numbers are the same up to roundings
+    if not validation.has_values(offset):
+        return read(slice(None), initial_state, 0)
     order, parts = [], []
     for value in sorted(set(offset.tolist())):
         rows = (offset == value).nonzero()[:, 0]

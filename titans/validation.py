@@ -168,9 +168,13 @@ def check_offsets(name: str, offsets: list[int], chunk_size: int) -> None:
 
 def is_readable(x: Tensor) -> bool:
     """Whether the values of `x` can be read at once: no synchronisation, no tracing, no fake tensor, no transform."""
+    return not torch.compiler.is_compiling() and x.device.type == "cpu" and has_values(x)
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether `x` is a tensor of its own numbers: no meta or fake one, and none that is traced or transformed."""
     return (
-        not torch.compiler.is_compiling()
-        and x.device.type == "cpu"
+        not x.is_meta
         and type(x) is Tensor
         and not torch._C._are_functorch_transforms_active()
         and torch._C._len_torch_dispatch_stack() == 0

@@ -170,6 +170,47 @@ def test_a_prefill_without_a_state_begins_with_nothing() -> None:
     assert state.place[0, 0].tolist() == [0, 3, 0]
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"q": None}, TypeError, "`q` must be a torch.Tensor, got NoneType"),
+        ({"v": torch.zeros(1, 4, H, 3)}, ValueError, r"`v` must have shape \(B, T, H, D\)"),
+        ({"theta": torch.zeros(1, 4, H)}, ValueError, r"`theta` must have shape \(B, T, H\)"),
+        ({"eta": torch.zeros(2, 3, H)}, ValueError, r"`eta` must have shape \(B, T, H\)"),
+        ({"alpha": 0.5}, TypeError, "`alpha` must be a torch.Tensor, got float"),
+        ({"chunk_size": 0}, ValueError, "`chunk_size` must be at least 1"),
+        ({"backend": "fast"}, ValueError, "`backend` must be None or one of"),
+    ],
+)
+@pytest.mark.parametrize("start", [None, torch.zeros(1, H, 3, 3), Case(T=3, D=3, C=5).start()])
+def test_a_prefill_takes_no_more_than_its_tokens(start: Any, change: Any, error: type[Exception], match: str) -> None:
+    """Neither a gate nor a value is cut to the tokens of q."""
+    given = Case(T=3, D=3, C=5, backend="chunk").arguments()
+    with pytest.raises(error, match=match):
+        titans_linear_prefill(**given | change, initial_state=start)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_prefill_follows_autocast(resumed: bool) -> None:
+    case = Case(T=70, D=3, C=5, offsets=(2, 0), backend="chunk")
+    given, start = case.arguments(), case.start() if resumed else None
+    rounded = given | {name: given[name].bfloat16() for name in "qkv"}
+    expected, _ = titans_linear_prefill(**rounded, initial_state=start)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        o, state = titans_linear_prefill(**given, initial_state=start)
+        inside = state.state()
+    assert torch.equal(o, expected)
+    # the products of a state are no operands of autocast
+    assert same(inside[:3], state.state()[:3])
+
+
+def test_a_prefill_without_values_gives_the_shapes() -> None:
+    case = Case(T=3, D=3, C=2, offsets=(1, 0), backend="chunk")
+    given = {name: x.to("meta") if isinstance(x, Tensor) else x for name, x in case.arguments().items()}
+    o, state = titans_linear_prefill(**given, initial_state=case.start().to("meta"))
+    assert (o.shape, o.device.type, state.state().M.shape) == ((2, 3, H, 3), "meta", (2, H, 3, 3))
+
+
 def exact(dtype: torch.dtype, C: int, T: int = 70) -> tuple[dict[str, Any], TitansState]:
     """Small integers and powers of two, of which every order of operations makes the same numbers."""
     generator = torch.Generator().manual_seed(C)
@@ -299,6 +340,12 @@ def test_mistakes_are_named() -> None:
         step(given, 0, DecodeState(*state._replace(S=state.S.mT), chunk_size=5), in_place=True)
     with pytest.raises(TypeError, match="`in_place` needs a DecodeState as `state`, got TitansState"):
         step(given, 0, start, in_place=True)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="`state` must be a TitansState or a tuple of its 4 fields, got Tensor"):
+        DecodeState.begin(start.M, torch.float32, 5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="must satisfy 0 <= offset < chunk_size = 5"):
+        DecodeState.begin(start._replace(offset=start.offset + 5), torch.float32, 5)
+    with pytest.raises(ValueError, match="`chunk_size` must be at least 1"):
+        DecodeState.begin(TitansState(*start), torch.float32, 0)
     given["q"].requires_grad_()
     with pytest.raises(ValueError, match="`state` must be a TitansState where gradients are recorded"):
         step(given, 0, state)

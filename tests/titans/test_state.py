@@ -5,6 +5,7 @@ import io
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -78,6 +79,7 @@ def test_a_clone_shares_no_memory() -> None:
     assert same([*clone], [*one])
     assert not {x.data_ptr() for x in clone} & {x.data_ptr() for x in one}
     assert clone.chunk_size == C
+    assert not {x.data_ptr() for x in one.to(copy=True)} & {x.data_ptr() for x in one}
 
 
 @pytest.mark.parametrize("rows", [slice(1, 3), [2, 0, 2], torch.tensor([1, 1]), torch.tensor([True, False, True])])
@@ -88,14 +90,20 @@ def test_some_sequences_of_a_state(rows: Any) -> None:
     assert some.chunk_size == C
 
 
-@pytest.mark.parametrize("n", [0, 2, -1])
-def test_one_sequence_of_a_state_goes_on_alone(n: int) -> None:
+@pytest.mark.parametrize("n", [0, 2, -1, np.int64(1), torch.tensor(1)])
+def test_one_sequence_of_a_state_goes_on_alone(n: Any) -> None:
     alone = state().select(n)
+    n = int(n)
     assert same([*alone], [x[[n]] for x in state()])
     given = arguments(initial_state=state(), backend="recurrent")
     o, _ = chunk_titans_linear(**given)
     sequences = {name: given[name][[n]] for name in ("q", "k", "v", "theta", "alpha", "eta")}
     assert torch.equal(chunk_titans_linear(**given | sequences | {"initial_state": alone})[0], o[[n]])
+
+
+def test_there_is_no_sequence_behind_the_last() -> None:
+    with pytest.raises(IndexError):
+        state().select(B)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
