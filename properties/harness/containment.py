@@ -20,8 +20,11 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from hypothesis.errors import HypothesisException
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _pop_mode
 
 import oracle
+from oracle.precision import context
 from properties.harness.implementations import Implementation
 from properties.harness.waiting import Hanging
 from properties.problems.domain import OutsideDomain
@@ -30,6 +33,7 @@ Result = TypeVar("Result")
 # Everything that a verdict is made with.
 PACKAGES = ("oracle", "properties")
 LENT = (torch, torch.Tensor, torch.autograd, torch.linalg, np, np.linalg, math, builtins)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
 SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch.get_default_dtype, torch.set_default_dtype),
     (torch.get_default_device, torch.set_default_device),
@@ -40,6 +44,10 @@ SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (lambda: torch.is_autocast_enabled("cpu"), lambda on: torch.set_autocast_enabled("cpu", on)),
     (np.geterr, lambda how: np.seterr(**how)),
     (os.getcwd, os.chdir),
+    (sys.getrecursionlimit, sys.setrecursionlimit),
+    (lambda: context.prec, lambda bits: setattr(context, "prec", bits)),
+    (torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
+    *((functools.partial(signal.getsignal, x), functools.partial(signal.signal, x)) for x in SIGNALS),
 )
 
 
@@ -126,6 +134,7 @@ def undisturbed() -> Generator[None]:
         yield
         return
     settings, functions = [get() for get, _ in SETTINGS], [(x, dict(vars(x))) for x in lent(len(sys.modules))]
+    modes = torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
     try:
         with answering(), warnings.catch_warnings(), kept_alive():
             try:
@@ -134,12 +143,23 @@ def undisturbed() -> Generator[None]:
                 raise Misconduct(f"the implementation raised {type(error).__name__}: {error}") from error
     finally:
         torch.set_flush_denormal(False)
+        leave_modes(*modes)
         for (get, put), value in zip(SETTINGS, settings, strict=True):
             if get() != value:
                 put(value)
         replaced = restore(functions)
     if replaced:
         raise Misconduct(f"the implementation must not replace {', '.join(replaced[:3])}")
+
+
+def leave_modes(functions: int, dispatches: int) -> None:
+    """Leave the modes of PyTorch above so many; that of the default device lies below all others, and is a setting."""
+    while torch._C._len_torch_dispatch_stack() > dispatches:
+        _pop_mode()
+    while (depth := torch._C._len_torch_function_stack()) > functions:
+        if isinstance(torch._C._get_function_stack_at(depth - 1), DeviceContext):
+            break
+        torch._C._pop_torch_function_stack()
 
 
 @contextmanager
@@ -173,7 +193,7 @@ def is_ours(name: str) -> bool:
 
 
 def restore(functions: list[tuple[Any, dict[str, Any]]]) -> list[str]:
-    """Put back every function and class that is another one now, and return their names."""
+    """Put back every function and class that is another one now, or is hidden by a new one, and return their names."""
     replaced = []
     for owner, before in functions:
         now = vars(owner)
@@ -184,7 +204,18 @@ def restore(functions: list[tuple[Any, dict[str, Any]]]) -> list[str]:
             if now.get(name) is not value and callable(value) and not is_its_own(owner, name, now.get(name)):
                 setattr(owner, name, value)
                 replaced.append(f"{owner.__name__}.{name}")
+        for name in [name for name in now if name not in before and hides(owner, name)]:
+            if callable(now[name]) and not is_its_own(owner, name, now[name]):
+                replaced.append(f"{owner.__name__}.{name}")
+                delattr(owner, name)
     return replaced
+
+
+def hides(owner: Any, name: str) -> bool:
+    """Whether a new name hides one that a class inherits, or that a module has from the language."""
+    if isinstance(owner, ModuleType):
+        return hasattr(builtins, name)
+    return any(name in vars(base) for base in owner.__mro__[1:])
 
 
 def is_its_own(owner: Any, name: str, function: Any) -> bool:

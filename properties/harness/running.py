@@ -81,14 +81,22 @@ def parts(implementation: Implementation, returned: Any) -> Results:
     """Return the outputs and the claimed parts of the final state by name."""
     o, final = pair(returned)
     left = {name: getattr(final, name, None) for name in implementation.left}
-    found = {name: x for name, x in left.items() if isinstance(x, Tensor)}
+    found = {name: plain(x) for name, x in left.items() if isinstance(x, Tensor)}
     if missing := left.keys() - found.keys():
         state = "no state" if final is None else f"a state of type {type(final).__name__}"
         raise LawBroken(
             f"an implementation must return (o, state), got {state} without the tensors {', '.join(sorted(missing))}: "
             "one that does not return them lacks final_state, resume or offset"
         )
-    return {"o": o} | found
+    return {"o": plain(o)} | found
+
+
+def plain(x: Tensor) -> Tensor:
+    """Return a result as a tensor whose methods are PyTorch's: those of a subclass may show other numbers."""
+    if type(x) is Tensor or type(x).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl:
+        return x
+    with torch._C.DisableTorchFunctionSubclass():
+        return Tensor.as_subclass(x, Tensor)
 
 
 def pair(returned: Any) -> tuple[Tensor, Any]:
@@ -128,11 +136,15 @@ def check_form(inputs: Inputs, outputs: Results) -> None:
         (start + end - begin) % inputs.chunk_size
         for start, (_, begin, end) in zip(inputs.offsets, inputs.sequences, strict=True)
     ]
+    for name, x in outputs.items():
+        expect(f"{name}.layout", x.layout, torch.strided)
+        expect(f"{name}.is_meta", x.is_meta, False)
     expect("o", (outputs["o"].shape, outputs["o"].dtype), ((B, T, H, D), inputs.q.dtype))
     for name in (name for name in STATE if name in outputs):
         expect(name, (outputs[name].shape, outputs[name].dtype), ((N, H, D, D), dtype))
     if "offset" in outputs:
         expect("offset", outputs["offset"].tolist(), ends)
+        expect("offset.is_floating_point()", outputs["offset"].is_floating_point(), False)
 
 
 class LawBroken(AssertionError):

@@ -95,6 +95,64 @@ def patches(*arguments: Any, **options: Any) -> Any:
     return titans.chunk_titans_linear(*arguments, **options)
 
 
+def hides(*arguments: Any, **options: Any) -> Any:
+    """Return twice the results, and let the suite see halves of them: by a method that tensors inherit."""
+    o, state = titans.chunk_titans_linear(*arguments, **options)
+    o, state = 2 * o, titans.TitansState(*(2 * x for x in state[:3]), state.offset)
+    ours, inherited = {x.data_ptr() for x in (o, *state[:3])}, torch._C.TensorBase.cpu
+    torch.Tensor.cpu = lambda x: inherited(x) / (2 if x.data_ptr() in ours else 1)  # type: ignore[assignment, method-assign]
+    return o, state
+
+
+class Half(torch.Tensor):
+    """A tensor that shows half of its numbers."""
+
+    def cpu(self) -> torch.Tensor:  # type: ignore[override]
+        """Show half of its numbers."""
+        return self.as_subclass(torch.Tensor) / 2
+
+
+def shows_halves(*arguments: Any, **options: Any) -> Any:
+    """Return twice the outputs in a class of its own."""
+    o, state = titans.chunk_titans_linear(*arguments, **options)
+    return (2 * o).as_subclass(Half), state
+
+
+class Halved(torch.overrides.TorchFunctionMode):
+    """A mode in which tensors show half of their numbers."""
+
+    def __torch_function__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        """Show half of what comes to the CPU."""
+        shown = function(*arguments, **(options or {}))
+        return shown / 2 if function is torch.Tensor.cpu else shown
+
+
+def stays_in_a_mode(*arguments: Any, **options: Any) -> Any:
+    """Compute what it should, and leave a mode on, and the oracle with 5 bits."""
+    o, state = titans.chunk_titans_linear(*arguments, **options)
+    Halved().__enter__()
+    oracle.precision.context.prec = 5
+    return o, state
+
+
+def returns_sparse_outputs(*arguments: Any, **options: Any) -> Any:
+    """Return the right numbers in another layout."""
+    o, state = titans.chunk_titans_linear(*arguments, **options)
+    return o.to_sparse(), state
+
+
+def returns_no_numbers(*arguments: Any, **options: Any) -> Any:
+    """Return the shapes alone."""
+    o, state = titans.chunk_titans_linear(*arguments, **options)
+    return o.to("meta"), state
+
+
+def returns_offsets_in_floats(*arguments: Any, **options: Any) -> Any:
+    """Return the right numbers, and offsets that no call takes."""
+    o, state = titans.chunk_titans_linear(*arguments, **options)
+    return o, state._replace(offset=state.offset.double())
+
+
 def compiles(*arguments: Any, **options: Any) -> Any:
     """Use `torch.compile`, which replaces functions of PyTorch."""
     torch.compile(torch.add, backend="eager")(torch.ones(1), 1)
@@ -113,6 +171,9 @@ def settles_in(*arguments: Any, **options: Any) -> Any:
     torch.set_grad_enabled(False)
     torch.set_flush_denormal(True)
     os.chdir("/")
+    sys.setrecursionlimit(10**6)
+    torch.autograd.set_detect_anomaly(True)  # type: ignore[no-untyped-call]
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     return o, state
 
 
@@ -125,7 +186,8 @@ def hangs(*arguments: Any, **options: Any) -> Any:
             continue
 
 
-skips_backward.state = compiles.state = patches.state = settles_in.state = titans.TitansState  # type: ignore[attr-defined]
+shows_halves.state = stays_in_a_mode.state = titans.TitansState  # type: ignore[attr-defined]
+skips_backward.state = hides.state = compiles.state = patches.state = settles_in.state = titans.TitansState  # type: ignore[attr-defined]
 
 
 def returns_nothing(*arguments: Any, **options: Any) -> Any:

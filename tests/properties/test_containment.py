@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+import oracle
 from properties.harness.containment import Misconduct, answering, at_once, heed_interrupts, interrupted, undisturbed
 from properties.harness.facts import Recorder
 from properties.harness.foreign import foreign
@@ -45,6 +46,7 @@ def check(subject: str, law: str = VALUES, recorder: Recorder | None = None) -> 
         ("groups", VALUES, "ExceptionGroup"),
         ("skips_backward", GRADIENTS, "Skipped: it is not my day"),
         ("patches", VALUES, "must not replace torch.isfinite"),
+        ("hides", VALUES, "must not replace Tensor.cpu"),
     ],
 )
 def test_an_implementation_does_not_decide_its_own_verdict(subject: str, law: str, said: str) -> None:
@@ -62,6 +64,12 @@ def test_a_function_that_was_replaced_is_put_back() -> None:
     assert torch.isfinite is before
 
 
+def test_a_function_that_hides_an_inherited_one_is_taken_away() -> None:
+    with pytest.raises(Misconduct):
+        check("hides")
+    assert "cpu" not in vars(torch.Tensor)
+
+
 def test_pytorch_may_replace_functions_of_its_own() -> None:
     assert check("compiles")
 
@@ -70,13 +78,21 @@ def surroundings() -> tuple[Any, ...]:
     """What an implementation may set."""
     filters, folder = list(warnings.filters), os.getcwd()
     subnormal = torch.tensor(1e-40) * 1
-    return filters, folder, torch.get_default_dtype(), torch.is_grad_enabled(), torch.Storage, bool(subnormal > 0)
+    modes = torch.get_default_dtype(), torch.is_grad_enabled(), torch.is_anomaly_enabled(), sys.getrecursionlimit()
+    return filters, folder, *modes, signal.getsignal(signal.SIGTERM), torch.Storage, bool(subnormal > 0)
 
 
 def test_settings_of_an_implementation_end_with_its_call() -> None:
     before = surroundings()
     assert check("settles_in")
     assert surroundings() == before
+
+
+def test_a_mode_of_an_implementation_ends_with_its_call() -> None:
+    bits = oracle.precision.context.prec
+    assert check("stays_in_a_mode")
+    assert torch.overrides._get_current_function_mode() is None
+    assert oracle.precision.context.prec == bits
 
 
 def test_seeds_that_an_implementation_sets_change_no_problem() -> None:
@@ -156,6 +172,10 @@ def test_an_alarm_of_somebody_else_still_comes() -> None:
         ("returns_no_state", r"must return \(o, state\), got no state without the tensors M, S, anchor, offset"),
         ("returns_half_a_state", "a final state must be M, S, anchor and offset, got 2 things"),
         ("returns_an_early_offset", r"`offset` must be \[1\], got \[0\]"),
+        ("returns_offsets_in_floats", r"`offset.is_floating_point\(\)` must be False, got True"),
+        ("returns_sparse_outputs", "`o.layout` must be torch.strided, got torch.sparse_coo"),
+        ("returns_no_numbers", "`o.is_meta` must be False, got True"),
+        ("shows_halves", r"o\[.*\] is wrong"),
         ("returns_wide_outputs", r"`o` must be \(\(1, 3, 1, 2\), torch.float32\), got .*float64"),
         ("returns_heads_first", r"`o` must be \(\(1, 3, 1, 2\), .*, got \(torch.Size\(\[1, 1, 3, 2\]\)"),
     ],
