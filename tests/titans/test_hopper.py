@@ -98,7 +98,8 @@ def test_the_forward_fits_a_multiprocessor_and_spills_next_to_nothing() -> None:
 
 def test_the_ends_of_the_chunks_spill_nothing() -> None:
     kernels = [kernel for kernel in compiled() if kernel["name"].startswith("hopper_ends_kernel")]
-    assert len(kernels) == 11
+    # of the forward, but where chain and outputs are one, and of the backward
+    assert len(kernels) == 22
     for kernel in kernels:
         assert not kernel["STACK"] + kernel["LOCAL"] + kernel["shared"], kernel
         assert (kernel["exponentials"] > 0) == kernel["log_gates"], kernel
@@ -150,7 +151,8 @@ def test_the_parallel_kernels_of_the_backward_share_a_multiprocessor_and_spill_n
 
 def test_the_reverse_of_the_coefficients_stays_in_registers() -> None:
     kernels = [kernel for kernel in compiled() if kernel["name"].startswith("hopper_coefficients_vjp_kernel")]
-    assert len(kernels) == 11
+    # of the forward, but where chain and outputs are one, and of the backward
+    assert len(kernels) == 22
     for kernel in kernels:
         assert not kernel["STACK"], kernel
         assert not kernel["LOCAL"], kernel
