@@ -77,7 +77,7 @@ def real_problems(
         "v": st.sampled_from(("random 0", "random -2", "unit 2")),
         "w": st.sampled_from(("random 0", "flat 0")),
         "state": st.sampled_from(("random -2", "random 0", "unit 0")),
-        "cotangent": st.sampled_from(("o M S anchor", "o", "o M")),
+        "cotangent": st.sampled_from(("o M S anchor", "o", "o M S anchor", "o M", "o M S anchor")),
         "gate_dtype": st.sampled_from(("float32", "bfloat16", "float16")),
         "log_gates": st.booleans(),
         "eps": st.sampled_from((1e-6, 1e-5)),
