@@ -11,7 +11,7 @@ from torch import Tensor
 from titans import recurrent, validation
 from titans.arguments import Call, TitansState, compute_dtype
 from titans.autocast import follow_autocast, without_autocast
-from titans.autograd import decode, plain, step
+from titans.autograd import decode, step, unrecorded
 from titans.backend import Backend, choose
 from titans.decoding import DecodeState, check_decode_state
 from titans.partition import final_offset
@@ -118,7 +118,7 @@ def _run(call: Call, backend: Backend) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if backend == "recurrent":
         with without_autocast(call.q):
             return recurrent.forward(call)
-    return plain(*call, backend)  # type: ignore[no-any-return]
+    return unrecorded(*call, backend)  # type: ignore[no-any-return]
 
 
 def _know_dtensor() -> None:

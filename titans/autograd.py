@@ -1,6 +1,6 @@
 """The registered operators: `titans::chunked`, the chunk form, `titans::chunked_backward` and `titans::step`.
 
-`titans::plain` is the chunk form without residuals; where its call is recorded it becomes `titans::chunked`.
+`titans::unrecorded` is the chunk form without residuals; where its call is recorded it becomes `titans::chunked`.
 `torch.compile` and CUDA graphs see one opaque operator per direction. The residuals of the forward are the memory M0
 and the momentum S0 that each piece starts from, and for the kernels x and r of eq. (2), which are empty for the other
 backends. The kernels are imported when they are first needed: Triton exists on Linux only.
@@ -173,7 +173,7 @@ def _fake_chunked(*arguments: Any) -> tuple[Tensor, ...]:
     return call.q.new_empty(call.q.shape), *final, *states, x, r
 
 
-def _plain(*arguments: Any) -> tuple[Tensor, ...]:
+def _unrecorded(*arguments: Any) -> tuple[Tensor, ...]:
     """Compute o, and the final M, S and anchor."""
     *fields, backend = arguments
     if backend != "triton":
@@ -186,15 +186,15 @@ def _plain(*arguments: Any) -> tuple[Tensor, ...]:
         return kernels.forward(call, recorded=False)[:4]
 
 
-def _fake_plain(*arguments: Any) -> tuple[Tensor, ...]:
+def _fake_unrecorded(*arguments: Any) -> tuple[Tensor, ...]:
     return _fake_chunked(*arguments)[:4]
 
 
-def _plain_or_recorded(*arguments: Any) -> tuple[Tensor, ...]:
+def _recorded_or_not(*arguments: Any) -> tuple[Tensor, ...]:
     if _transformed() or _recorded(arguments):
         results: tuple[Tensor, ...] = _differentiable(*arguments)[:4]
         return results
-    return _below_autograd(plain, arguments)  # type: ignore[no-any-return]
+    return _below_autograd(unrecorded, arguments)  # type: ignore[no-any-return]
 
 
 def _chunked_by_definition(*arguments: Any) -> tuple[Tensor, ...] | None:
@@ -321,7 +321,7 @@ def _fake_decode(q: Tensor, *_: Any) -> Tensor:
 
 _STATE = "Tensor M, Tensor S, Tensor anchor"
 chunked = _define("chunked", _ARGUMENTS, f"Tensor o, {_STATE}, {_RESIDUALS}", _chunked, _fake_chunked)
-plain = _define("plain", _ARGUMENTS, f"Tensor o, {_STATE}", _plain, _fake_plain)
+unrecorded = _define("unrecorded", _ARGUMENTS, f"Tensor o, {_STATE}", _unrecorded, _fake_unrecorded)
 _BACKWARD = f"{_ARGUMENTS}, {_RESIDUALS}, {_COTANGENTS}"
 chunked_backward = _define("chunked_backward", _BACKWARD, _GRADIENTS, _chunked_backward, _fake_chunked_backward)
 step = _define("step", _CALL, f"Tensor o, {_STATE}, Tensor offset", _step, _fake_step)
@@ -331,6 +331,6 @@ _MOVED = ", ".join(f"Tensor({chr(97 + i)}!) {name}" for i, name in enumerate(dec
 _GIVEN = ", ".join(f"{_TYPES[kind]} {name}" for name, kind in get_type_hints(Call).items() if name in _OWN)
 decode = _define("decode", f"{_GIVEN}, {_MOVED}, bool kernels", "Tensor o", _decode, _fake_decode, vmap=False)
 _differentiable = _differentiate(chunked, _save_chunked, _differentiate_chunked, _chunked_by_definition)
-_implement("plain", _plain_or_recorded, "Autograd")
+_implement("unrecorded", _recorded_or_not, "Autograd")
 _differentiate(chunked_backward, _save_nothing, _refuse)
 _differentiate(step, _save_step, _differentiate_step)

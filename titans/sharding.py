@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from titans.arguments import Call
-from titans.autograd import chunked, chunked_backward, plain, step
+from titans.autograd import chunked, chunked_backward, step, unrecorded
 from titans.layer import TitansLinear
 
 # dimension along which a parameter is cut; None: every process has all of it
@@ -171,7 +171,7 @@ def register() -> None:
     """Give DTensor the rules, once; called when the op first meets a tensor of another type than `Tensor`."""
     from torch.distributed.tensor.experimental import register_sharding
 
-    rules = ((chunked, _chunked), (plain, _plain), (chunked_backward, _chunked_backward), (step, _step))
+    rules = ((chunked, _chunked), (unrecorded, _unrecorded), (chunked_backward, _chunked_backward), (step, _step))
     for operator, rule in rules:
         register_sharding(operator)(rule)
 
@@ -214,7 +214,7 @@ def _chunked(*arguments: Any) -> list[tuple[list[Any], list[Any]]]:
     ]
 
 
-def _plain(*arguments: Any) -> list[tuple[list[Any], list[Any]]]:
+def _unrecorded(*arguments: Any) -> list[tuple[list[Any], list[Any]]]:
     return [(results[:4], given) for results, given in _chunked(*arguments)]
 
 

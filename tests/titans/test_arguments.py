@@ -3,7 +3,7 @@
 import torch
 
 from titans.arguments import Call, dense
-from titans.autograd import chunked, chunked_backward, plain, step
+from titans.autograd import chunked, chunked_backward, step, unrecorded
 
 
 def test_the_parts_of_a_call_are_its_fields_in_order() -> None:
@@ -15,7 +15,7 @@ def test_the_parts_of_a_call_are_its_fields_in_order() -> None:
 
 
 def test_the_operators_take_the_fields_of_a_call() -> None:
-    for operator in (chunked, plain, chunked_backward, step):
+    for operator in (chunked, unrecorded, chunked_backward, step):
         arguments = operator._schema.arguments[: len(Call._fields)]
         assert tuple(argument.name for argument in arguments) == Call._fields
         optional = {argument.name for argument in arguments if isinstance(argument.type, torch.OptionalType)}

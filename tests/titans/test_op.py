@@ -132,8 +132,8 @@ def test_kernels_see_w_and_b_in_no_narrower_dtype_than_the_tokens(
     narrow: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
-    real = titans.api.plain
-    monkeypatch.setattr(titans.api, "plain", lambda *call: seen.append(Call(*call[:-1])) or real(*call))
+    real = titans.api.unrecorded
+    monkeypatch.setattr(titans.api, "unrecorded", lambda *call: seen.append(Call(*call[:-1])) or real(*call))
     given = arguments()
     w, b = (given[name].to(narrow).requires_grad_() for name in "wb")
     o, _ = chunk_titans_linear(**given | {"w": w, "b": b}, backend="chunk")

@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.titans.test_op import BACKENDS, INTERPRETED, NAMES, Arguments, B, C, D, H, T, arguments, packed, state
 from titans import chunk_titans_linear, titans_linear_step
 from titans.arguments import Call
-from titans.autograd import chunked, chunked_backward, plain, step
+from titans.autograd import chunked, chunked_backward, step, unrecorded
 
 PLAIN: Arguments = {"w": None, "b": None}
 CALLS = {
@@ -64,11 +64,11 @@ def test_the_operator_without_residuals_keeps_its_promises_to_pytorch(given: Arg
     """And gives the same bits, recorded or not."""
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     call = operands(given)
-    torch.library.opcheck(plain, (*call, backend), test_utils=tests if backend == "triton" else "ALL")
-    recorded = plain(*call, backend)
+    torch.library.opcheck(unrecorded, (*call, backend), test_utils=tests if backend == "triton" else "ALL")
+    recorded = unrecorded(*call, backend)
     assert recorded[0].requires_grad
     with torch.no_grad():
-        for results in (plain(*call, backend), chunked(*call, backend)[:4]):
+        for results in (unrecorded(*call, backend), chunked(*call, backend)[:4]):
             assert all(torch.equal(x, y) for x, y in zip(recorded, results, strict=True))
 
 
