@@ -33,7 +33,6 @@ Result = TypeVar("Result")
 # Everything that a verdict is made with.
 PACKAGES = ("oracle", "properties")
 LENT = (torch, torch.Tensor, torch.autograd, torch.linalg, np, np.linalg, math, builtins)
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
 SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch.get_default_dtype, torch.set_default_dtype),
     (torch.get_default_device, torch.set_default_device),
@@ -47,7 +46,7 @@ SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (sys.getrecursionlimit, sys.setrecursionlimit),
     (lambda: context.prec, lambda bits: setattr(context, "prec", bits)),
     (torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
-    *((functools.partial(signal.getsignal, x), functools.partial(signal.signal, x)) for x in SIGNALS),
+    (lambda: handlers(), lambda known: set_handlers(*known)),
 )
 
 
@@ -98,6 +97,18 @@ def terminated_as_interrupted() -> Generator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def handlers() -> tuple[Any, Any, Any]:
+    """Return what handles Ctrl-C, SIGTERM and the time limit of an example."""
+    return signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGALRM)
+
+
+def set_handlers(interrupt: Any, terminate: Any, alarm: Any) -> None:
+    """Let these handle what `handlers` names."""
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, terminate)
+    signal.signal(signal.SIGALRM, alarm)
 
 
 def is_ordinary(error: BaseException) -> bool:
