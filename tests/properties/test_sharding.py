@@ -83,7 +83,9 @@ def test_the_shards_of_a_run_check_its_examples(tmp_path: Path) -> None:
     for shard in ("1/1", "1/3", "2/3", "3/3"):
         run_suite(LAW, "--backends", "chunk", "--shard", shard, "--verdicts", str(tmp_path / "verdicts.json"))
         counts.append(sum(row["examples"] for row in json.loads((tmp_path / "verdicts.json").read_text())["verdicts"]))
-    assert counts == [50, 17, 17, 16]
+    whole, *shards = counts
+    assert whole == sum(shards) >= 50
+    assert max(shards) - min(shards) <= 1
 
 
 def server() -> str | None:
