@@ -274,7 +274,7 @@ def test_the_command_judges_a_wrong_kernel_beside_a_right_one(tmp_path: Path) ->
     VALID.validate(document)
     assert [row["verdict"] for row in document["verdicts"]] == ["pass", "fail"]
     assert document["command"].startswith("python -m properties verify chunk tests.")
-    assert re.search(r"any_small_numbers_give_the_oracles_results +pass 4 +FAIL at \d+\n", done.stdout)
+    assert re.search(r"any_small_numbers_give_the_oracles_results +pass \d+ +FAIL at \d+\n", done.stdout)
     assert document["verdicts"][1]["replay"] in done.stdout
 
 
