@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from tests.titans import gluon_copies, gluon_interpreter
-from tests.titans.test_hopper_output import all_pieces, bits, gates
-from tests.titans.test_hopper_state import PACKED, Case, integers, norm, normal
+from tests.titans.test_hopper_output import all_pieces
+from tests.titans.test_hopper_state import PACKED, Case, norm
 from tests.titans.test_hopper_state import given as chain_given
 from titans.arguments import Call
 from titans.kernels.tile import Affine, BlockState, End, Rows, Saved, block_rows, gates_tile, tile_of, where_of
 from titans.partition import layout_of
 
 C, H = 64, 2
+GATES = ("theta", "alpha", "eta")
 # copies at once, at some time, as late as can be
 ORDERS = range(3)
 CASES = [
@@ -48,13 +49,47 @@ class Given(NamedTuple):
     dend: End
 
 
-def given(case: Case, draw: Callable[..., Tensor], log_gates: bool = False) -> Given:
+Draw = Callable[..., Tensor]
+
+
+def integers(seed: int) -> Draw:
+    """Numbers so small and so few that every result of the plain memory fits bfloat16."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(name: str, *shape: int) -> Tensor:
+        if name == "k":
+            # one entry of a row is not zero
+            sign = torch.randint(0, 2, (*shape[:-1], 1), generator=generator) * 2.0 - 1
+            at = torch.randint(shape[-1], shape[:-1], generator=generator)
+            return sign * torch.nn.functional.one_hot(at, shape[-1])
+        if name == "weights":
+            return (torch.rand(shape, generator=generator) < 0.2) / 2
+        return torch.randint(0 if name in ("transition", "gate") else -1, 2, shape, generator=generator).float()
+
+    return draw
+
+
+def normal(seed: int) -> Draw:
+    generator = torch.Generator().manual_seed(seed)
+    return lambda name, *shape: torch.randn(shape, generator=generator) * (1 if name in "wk" else 0.1)
+
+
+def gates(draw: Draw, log: bool) -> Draw:
+    """Draw gates between 0 and 1 as well, or their logs."""
+
+    def drawn(name: str, *shape: int) -> Tensor:
+        x = draw("w" if name == "gate" else name, *shape)
+        return x if name != "gate" else x.sigmoid().log() / 4 if log else x.sigmoid()
+
+    return drawn
+
+
+def given(case: Case, draw: Draw, log_gates: bool = False) -> Given:
     """Draw the arguments; `draw` takes the name of what is drawn and a shape."""
-    call, end = chain_given(case, draw)
+    call = chain_given(case, lambda name, *shape: draw("gate" if name in GATES else name, *shape), log_gates)
     B, T, D = case.B, case.T, case.D
     K = layout_of(call, block_rows(call.q)).slots
-    theta, alpha, eta = (draw("gate", B, T, H) for _ in range(3))
-    call = call._replace(theta=theta, alpha=alpha, eta=eta, log_gates=log_gates)
+    end = End(draw("weights", K, H, 2, C).abs(), draw("transition", K, H, 3).abs())
     M0, S0, dM, dS = (draw("state", K, H, D, D).bfloat16() for _ in range(4))
     x, do, du, dk = (draw(name, B, T, H, D).bfloat16() for name in ("x", "do", "do", "do"))
     saved = Saved(M0, S0, x, draw("r", B, T, H).abs() + 1, draw("means", B, T, H, 2))
@@ -308,7 +343,7 @@ def bfloat16(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_integers_of_the_plain_memory_are_exact(case: Case, kernel: str) -> None:
     wanted, run = KERNELS[kernel]
-    args = given(Case(**vars(case) | {"plain": True}), bits(integers(0)))
+    args = given(Case(**vars(case) | {"plain": True}), integers(0))
     args = args._replace(call=args.call._replace(theta=args.call.theta / 2))
     exact = wanted(args, torch.float64, lambda x: x)
     made = run(args, 1)
