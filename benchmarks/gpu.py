@@ -12,7 +12,7 @@ unless a column says "called".
 Before a shape is timed, ours is compared with our own `chunk` backend in float64 on the same bfloat16 inputs: outputs,
 final state and every gradient over the first chunks, then outputs and final memory over the whole length, which the
 gates drawn here leave well conditioned. The table names the largest of the errors ||value - exact|| / ||exact||. The
-property suite is the judge of accuracy; this only sees that what is timed is the op.
+property suite is the judge of accuracy; this comparison only makes sure that the op is timed.
 
 Exits with 1 if a result is wrong or a required ratio is missed.
 """

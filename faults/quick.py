@@ -172,7 +172,7 @@ def known(backend: str, stored: Sequence[Mapping[str, Any]]) -> list[Pair]:
 
 
 def parts(asked: Sequence[tuple[str, Pair]], number: int) -> list[tuple[str, list[Pair]]]:
-    """Cut into parts what is asked about each backend."""
+    """Cut the questions about each backend into parts."""
     of = {backend: [pair for x, pair in asked if x == backend] for backend, _ in asked}
     return [(backend, part) for backend, pairs in of.items() for i in range(number) if (part := pairs[i::number])]
 

@@ -44,7 +44,7 @@ def test_the_tool_says_which_faults_a_quick_run_kills() -> None:
 
 
 def said(code: str) -> str:
-    """Return what a fresh process prints: neither may this one have imported the op, nor may its killers change."""
+    """Return the output of a fresh process: this one must not have imported the op, and its killers must not change."""
     head = "import json, tempfile\nfrom pathlib import Path\nfrom faults.plant import load, plant\n"
     head += "from faults import quick\nfrom properties.harness import corpus\ncorpus.import_laws()\n"
     done = subprocess.run([sys.executable, "-c", head + code], cwd=ROOT, capture_output=True, text=True)

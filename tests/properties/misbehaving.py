@@ -122,7 +122,7 @@ class Halved(torch.overrides.TorchFunctionMode):
     """A mode in which tensors show half of their numbers."""
 
     def __torch_function__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
-        """Show half of what comes to the CPU."""
+        """Show half of the numbers that come to the CPU."""
         shown = function(*arguments, **(options or {}))
         return shown / 2 if function is torch.Tensor.cpu else shown
 
