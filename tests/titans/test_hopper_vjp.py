@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 
 from tests.titans import gluon_copies, gluon_interpreter
-from tests.titans.test_hopper_output import all_pieces
-from tests.titans.test_hopper_state import PACKED, Case, norm
+from tests.titans.test_hopper_output import all_pieces, logs
+from tests.titans.test_hopper_state import PACKED, Case, Draw, integers, norm, normal
 from tests.titans.test_hopper_state import given as chain_given
 from titans.arguments import Call
 from titans.kernels.tile import Affine, BlockState, End, Rows, Saved, block_rows, gates_tile, tile_of, where_of
 from titans.partition import layout_of
 
 C, H = 64, 2
-GATES = ("theta", "alpha", "eta")
 # copies at once, at some time, as late as can be
 ORDERS = range(3)
 CASES = [
@@ -49,47 +48,12 @@ class Given(NamedTuple):
     dend: End
 
 
-Draw = Callable[..., Tensor]
-
-
-def integers(seed: int) -> Draw:
-    """Numbers so small and so few that every result of the plain memory fits bfloat16."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(name: str, *shape: int) -> Tensor:
-        if name == "k":
-            # one entry of a row is not zero
-            sign = torch.randint(0, 2, (*shape[:-1], 1), generator=generator) * 2.0 - 1
-            at = torch.randint(shape[-1], shape[:-1], generator=generator)
-            return sign * torch.nn.functional.one_hot(at, shape[-1])
-        if name == "weights":
-            return (torch.rand(shape, generator=generator) < 0.2) / 2
-        return torch.randint(0 if name in ("transition", "gate") else -1, 2, shape, generator=generator).float()
-
-    return draw
-
-
-def normal(seed: int) -> Draw:
-    generator = torch.Generator().manual_seed(seed)
-    return lambda name, *shape: torch.randn(shape, generator=generator) * (1 if name in "wk" else 0.1)
-
-
-def gates(draw: Draw, log: bool) -> Draw:
-    """Draw gates between 0 and 1 as well, or their logs."""
-
-    def drawn(name: str, *shape: int) -> Tensor:
-        x = draw("w" if name == "gate" else name, *shape)
-        return x if name != "gate" else x.sigmoid().log() / 4 if log else x.sigmoid()
-
-    return drawn
-
-
 def given(case: Case, draw: Draw, log_gates: bool = False) -> Given:
     """Draw the arguments; `draw` takes the name of what is drawn and a shape."""
-    call = chain_given(case, lambda name, *shape: draw("gate" if name in GATES else name, *shape), log_gates)
+    call = chain_given(case, draw, log_gates)
     B, T, D = case.B, case.T, case.D
     K = layout_of(call, block_rows(call.q)).slots
-    end = End(draw("weights", K, H, 2, C).abs(), draw("transition", K, H, 3).abs())
+    end = End(draw("theta", K, H, 2, C), draw("alpha", K, H, 3))
     M0, S0, dM, dS = (draw("state", K, H, D, D).bfloat16() for _ in range(4))
     x, do, du, dk = (draw(name, B, T, H, D).bfloat16() for name in ("x", "do", "do", "do"))
     saved = Saved(M0, S0, x, draw("r", B, T, H).abs() + 1, draw("means", B, T, H, 2))
@@ -366,7 +330,7 @@ def test_the_order_of_events_changes_no_bit_and_errors_are_those_of_the_portable
     """At most twice those of its arithmetic."""
     wanted, run = KERNELS[kernel]
     log = case.T == 133
-    args = given(case, gates(normal(0), log), log_gates=log)
+    args = given(case, logs(normal(0)) if log else normal(0), log_gates=log)
     exact, portable = wanted(args, torch.float64, lambda x: x), wanted(args, torch.float32, bfloat16)
     made = run(args, 0)
     for name, true in exact.items():
@@ -453,7 +417,7 @@ def test_planted_faults_are_noticed(name: str) -> None:
     kernel, case, old, new = FAULTS[name]
     assert (gluon_interpreter.KERNELS / "hopper" / f"{kernel}.py").read_text().count(old) == 1
     _, run = KERNELS[kernel]
-    args = given(case, gates(normal(0), False))
+    args = given(case, normal(0))
     if case.plain:
         # products of token 0 and token 63 overflow
         for x, y in ((args.call.q, args.call.k), (args.do, args.saved.x)):
@@ -474,7 +438,7 @@ def test_planted_faults_are_noticed(name: str) -> None:
 def test_what_is_not_finite_stays_in_its_sequence_and_head(kernel: str) -> None:
     """The rows after a tail are another sequence's."""
     _, run = KERNELS[kernel]
-    args = given(Case(64, 200, cu_seqlens=(0, 100, 200)), gates(normal(0), False))
+    args = given(Case(64, 200, cu_seqlens=(0, 100, 200)), normal(0))
     clean = run(args, 0)
     call, saved = args.call, args.saved
     for x in (call.q, call.k, call.v, call.alpha, args.do, args.du, args.dk, saved.x):
