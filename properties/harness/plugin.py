@@ -33,6 +33,7 @@ from properties.harness import (
     report,
     sharding,
     waiting,
+    workarounds,
 )
 from properties.harness.facts import Recorder
 from properties.harness.foreign import foreign
@@ -100,6 +101,7 @@ def pytest_configure(config: pytest.Config) -> None:
         command_line.check(config)
     config.addinivalue_line("markers", "law(*sections, needs): the sections of SPEC.md a property comes from")
     torch.set_num_threads(1)
+    workarounds.keep_freed_memory()
     if getattr(config.option, "maxschedchunk", 1) is None:
         # Of the dear laws, which come first, no worker has many.
         config.option.maxschedchunk = 1

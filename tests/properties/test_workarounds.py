@@ -1,6 +1,8 @@
 """The private interfaces that the suite leans on are as it found them; where one is not, this says which."""
 
 import inspect
+import platform
+import subprocess
 import sys
 from typing import Any
 
@@ -25,6 +27,31 @@ def test_hypothesis_has_its_registry_of_providers() -> None:
     assert '== "hypothesis"' in inspect.getsource(engine) or '!= "hypothesis"' in inspect.getsource(engine), (
         "Hypothesis's engine no longer asks whether a backend is its own before it varies an example"
     )
+
+
+# Ten blocks of 64 MB are allocated, written and freed one after the other: how many pages did the system have to give?
+FAULTS = """
+import resource, sys
+from properties.harness.workarounds import keep_freed_memory
+if len(sys.argv) > 1:
+    keep_freed_memory()
+for i in range(11):
+    if i == 1:
+        first = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    block = bytearray(2**26)
+    block[::4096] = block[::4096]
+    del block
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - first)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no mallopt")
+def test_freed_memory_is_kept() -> None:
+    faults = [
+        int(subprocess.run([sys.executable, "-c", FAULTS, *kept], capture_output=True, check=True, text=True).stdout)
+        for kept in ([], ["kept"])
+    ]
+    assert faults[1] < 2**26 // 4096 < faults[0]
 
 
 def test_a_function_has_a_size_of_its_stack() -> None:
