@@ -94,25 +94,17 @@ def store_vector(x_ptr, value, at, stride, length, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def load_row(x_ptr, index, tile: gl.constexpr, LAYOUT: gl.constexpr):
-    """Row number `index` of a matrix of width D in float32, (1, BD), zero outside."""
-    offs_d = gl.arange(0, tile.BD, layout=gl.SliceLayout(0, LAYOUT))
-    return gl.expand_dims(gl.load(x_ptr + index * tile.D + offs_d, mask=offs_d < tile.D, other=0).to(gl.float32), 0)
+def load_row(x_ptr, index, tile: gl.constexpr, LINE: gl.constexpr):
+    """Row number `index` of a matrix of width D in float32, (BD,), zero outside."""
+    offs_d = gl.arange(0, tile.BD, layout=LINE)
+    return gl.load(x_ptr + index * tile.D + offs_d, mask=offs_d < tile.D, other=0.0).to(gl.float32)
 
 
 @gluon.jit
-def store_row(x_ptr, value, index, tile: gl.constexpr, LAYOUT: gl.constexpr):
-    """Store a vector (BD,) where `load_row` would load it, which makes a row of it."""
-    offs_d = gl.arange(0, tile.BD, layout=gl.SliceLayout(0, LAYOUT))
+def store_row(x_ptr, value, index, tile: gl.constexpr, LINE: gl.constexpr):
+    """Store what `load_row` would load."""
+    offs_d = gl.arange(0, tile.BD, layout=LINE)
     gl.store(x_ptr + index * tile.D + offs_d, value, mask=offs_d < tile.D)
-
-
-@gluon.jit
-def add_row(x_ptr, value, index, tile: gl.constexpr, LAYOUT: gl.constexpr):
-    """Add a vector to what `store_row` has stored."""
-    offs_d = gl.arange(0, tile.BD, layout=gl.SliceLayout(0, LAYOUT))
-    at, mask = x_ptr + index * tile.D + offs_d, offs_d < tile.D
-    gl.store(at, gl.load(at, mask=mask, other=0.0) + value, mask=mask)
 
 
 @gluon.jit

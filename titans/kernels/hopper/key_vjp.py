@@ -24,23 +24,26 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from titans.arguments import Call
 from titans.kernels.block import own_block
 from titans.kernels.hopper.blocks import (
-    add_row,
     column,
     fetch_rows,
     fetch_square,
     load_row,
     load_vector,
     put_rows,
+    store_row,
     store_vector,
 )
 from titans.kernels.hopper.common import (
     TILE,
+    VECTOR,
     add_two,
     aligned,
+    as_row,
     copying,
     less_mean,
     load_square,
     product,
+    store_width,
     two_means,
 )
 from titans.kernels.hopper.state_vjp import add_three, flag_of, rows_of_heads, squares
@@ -62,52 +65,60 @@ class Tokens(NamedTuple):
 
 
 @gluon.jit
-def transition_vjp(dM_s, dS_s, M0_s, S0_s, transition_ptr, index, FLAT: gl.constexpr):
+def transition_vjp(dM_s, dS_s, M0_s, S0_s, FLAT: gl.constexpr):
     """Eq. (16): cotangents of beta_L, f_L and m_L."""
     dM, dS = dM_s.load(FLAT).to(gl.float32), dS_s.load(FLAT).to(gl.float32)
     M0, S0 = M0_s.load(FLAT).to(gl.float32), S0_s.load(FLAT).to(gl.float32)
-    dbeta, df, dm = gl.reduce(gl.reduce((dM * M0, dM * S0, dS * S0), 1, add_three), 0, add_three)
-    gl.store(transition_ptr + index * 3, dbeta)
-    gl.store(transition_ptr + index * 3 + 1, df)
-    gl.store(transition_ptr + index * 3 + 2, dm)
+    return gl.reduce(gl.reduce((dM * M0, dM * S0, dS * S0), 1, add_three), 0, add_three)
 
 
 @gluon.jit
-def three_means(x, y, z, D: gl.constexpr):
-    """Mean over the D columns that are in use, of three tiles at once."""
-    x, y, z = gl.reduce((x, y, z), 1, add_three)
-    return x / D, y / D, z / D
+def inner_residual(x_s, v_s, k_s, wb_s, Y: gl.constexpr):
+    """x, z and e of eq. (2), and w."""
+    w, b = as_row(wb_s.index(0), Y), as_row(wb_s.index(1), Y)
+    x = x_s.load(Y).to(gl.float32)
+    z = x * w + b - (v_s.load(Y).to(gl.float32) - k_s.load(Y).to(gl.float32))
+    return x, z, z * w, w
 
 
 @gluon.jit
 def inner_gradient_vjp(
-    du, k_s, v_s, x_s, affine, saved, daffine, block, tile: gl.constexpr, Y: gl.constexpr
+    k_s, v_s, x_s, du_s, dk_s, u_s, wb_s, r, mean_e, c, dw, db, passed, block,
+    tile: gl.constexpr, Y: gl.constexpr, LINE: gl.constexpr,
 ):  # fmt: skip
-    """Eq. (2) and (12): u, dz and dy; adds dw and db of the block."""
-    x = x_s.load(Y).to(gl.float32)
+    """Eq. (2) and (12), with r factored out of dp, de and dx: u; dy and dv, in place of du and v; dk, dw and db.
+
+    As in `state_vjp.py`, x and z are made anew, rather than kept in registers, and over a
+    barrier that has been passed the compiler moves no loads.
+    """
+    du = du_s.load(Y).to(gl.float32)
     if tile.NORM:
-        w, b = load_row(affine.w, block.h, tile, Y), load_row(affine.b, block.h, tile, Y)
-        r = column(load_vector(saved.r, block.row, block.H, block.length, Y))
-        mean_e = load_vector(saved.means, block.row * 2, block.H * 2, block.length, Y)
-        c = column(load_vector(saved.means, block.row * 2 + 1, block.H * 2, block.length, Y))
-        z = x * w + b - (v_s.load(Y).to(gl.float32) - k_s.load(Y).to(gl.float32))
-        e = z * w
+        r, c = column(r), column(c)
+        x, z, e, w = inner_residual(x_s, v_s, k_s, wb_s, Y)
         p = less_mean(e, mean_e, tile.D, Y) - x * c
-        dp = du * r
-        dr, mean_dp, mean_dp_x = three_means(du * p, dp, dp * x, tile.D)
-        de = less_mean(dp, mean_dp, tile.D, Y) - column(mean_dp_x) * x
-        dz = de * w
-        add_row(daffine.w, gl.sum(de * (z + w * x), 0), block.index, tile, Y)
-        add_row(daffine.b, gl.sum(dz, 0), block.index, tile, Y)
-        dx = dz * w - column(mean_dp_x) * e - dp * c
+        u_s.store((r * p).to(gl.bfloat16))
+        sum_du_p, sum_du, sum_du_x = gl.reduce((du * p, du, du * x), 1, add_three)
+        dr, mean_du_x = column(sum_du_p / tile.D), column(sum_du_x / tile.D)
+        mbarrier.wait(passed, 0)
+        x, z, e, w = inner_residual(x_s, v_s, k_s, wb_s, Y)
+        g = less_mean(du, sum_du / tile.D, tile.D, Y) - mean_du_x * x
+        dz = r * (g * w)
+        dw_too, db_too = gl.reduce((r * g * (z + w * x), dz), 0, add_two)
+        dw, db = dw + gl.convert_layout(dw_too, LINE), db + gl.convert_layout(db_too, LINE)
+        dx = g * w * w - mean_du_x * e - du * c
         mean_dx, mean_dx_x = two_means(dx, dx * x, tile.D)
+        dk = dk_s.load(Y).to(gl.float32) + dz
+        v_s.store((-dz).to(gl.bfloat16))
+        mbarrier.wait(passed, 0)
         # x has mean 0
-        dy = r * (less_mean(dx, mean_dx, tile.D, Y) - x * column(mean_dx_x)) - x * (r * r * column(dr))
-        u = r * p
+        x = x_s.load(Y).to(gl.float32)
+        dy = r * r * (less_mean(dx, mean_dx, tile.D, Y) - x * (column(mean_dx_x) + dr))
+        du_s.store(dy.to(gl.bfloat16))
     else:
-        u = x - v_s.load(Y).to(gl.float32)
-        dy, dz = du, du
-    return u, dz, dy
+        u_s.store((x_s.load(Y).to(gl.float32) - v_s.load(Y).to(gl.float32)).to(gl.bfloat16))
+        v_s.store((-du).to(gl.bfloat16))
+        dk = dk_s.load(Y).to(gl.float32)
+    return dk, dw, db
 
 
 @gluon.jit(do_not_specialize=["T", "H"])
@@ -120,7 +131,7 @@ def hopper_key_vjp_kernel(
     daffine,  # in and out: of each block, added to
     dblock_end,  # out
     T, H, tile: gl.constexpr,
-    TOKENS: gl.constexpr, FLAT: gl.constexpr, COPY: gl.constexpr,
+    TOKENS: gl.constexpr, FLAT: gl.constexpr, LINE: gl.constexpr, COPY: gl.constexpr,
 ):  # fmt: skip
     """Eq. (16), as `titans.kernels.state_vjp.key_vjp_kernel`, for chunks of 64 tokens.
 
@@ -142,6 +153,7 @@ def hopper_key_vjp_kernel(
     S0_s = gl.allocate_shared_memory(gl.bfloat16, [BD, BD], TILE)
     dM_s = gl.allocate_shared_memory(gl.bfloat16, [BD, BD], TILE)
     dS_s = gl.allocate_shared_memory(gl.bfloat16, [BD, BD], TILE)
+    wb_s = gl.allocate_shared_memory(gl.float32, [2, BD], VECTOR)
     rows_full, square_full = flag_of(5, 1).index(0), flag_of(4, 1).index(0)
     token = (block.sequence.begin + block.first).to(gl.int32)
     index = block.index.to(gl.int32)
@@ -155,44 +167,56 @@ def hopper_key_vjp_kernel(
     fetch_square(dM_square, dM_s, square_full, index, tile)
     fetch_square(dS_square, dS_s, square_full, index, tile)
     weights = block.index * 2 * C
-    n_L = column(load_vector(block_end.weights, weights, 1, block.length, Y))
-    G_L = column(load_vector(block_end.weights, weights + C, 1, block.length, Y))
-
-    mbarrier.wait(rows_full, 0)
-    u, dz, dy = inner_gradient_vjp(
-        du_s.load(Y).to(gl.float32), k_s, v_s, x_s, affine, saved, daffine, block, tile, Y
-    )  # fmt: skip
-    dk = dk_s.load(Y).to(gl.float32)
+    n_L = load_vector(block_end.weights, weights, 1, block.length, Y)
+    G_L = load_vector(block_end.weights, weights + C, 1, block.length, Y)
+    r = gl.zeros([C], gl.float32, gl.SliceLayout(1, Y))
+    mean_e, c = r, r
+    dw = gl.zeros([BD], gl.float32, LINE)
+    db = dw
     if tile.NORM:
-        dk += dz
-    u_s, dy_s, dv_s = x_s, du_s, v_s
-    u_s.store(u.to(gl.bfloat16))
-    dy_s.store(dy.to(gl.bfloat16))
-    dv_s.store((-dz).to(gl.bfloat16))
-    fence_async_shared()
-    put_rows(dv_rows, tokens.dv, dv_s, token, block, tile, COPY)
+        r = load_vector(saved.r, block.row, H, block.length, Y)
+        mean_e = load_vector(saved.means, block.row * 2, H * 2, block.length, Y)
+        c = load_vector(saved.means, block.row * 2 + 1, H * 2, block.length, Y)
+        store_width(wb_s.index(0), affine.w, block.h, tile, Y)
+        store_width(wb_s.index(1), affine.b, block.h, tile, Y)
+        dw, db = load_row(daffine.w, block.index, tile, LINE), load_row(daffine.b, block.index, tile, LINE)
+
     mbarrier.wait(square_full, 0)
-    nothing = gl.zeros([C, BD], gl.float32, Y)
-    u_dM = warpgroup_mma(u_s, dM_s.permute((1, 0)), nothing, use_acc=False, is_async=True)
-    u_dS = warpgroup_mma(u_s, dS_s.permute((1, 0)), nothing, use_acc=False, is_async=True)
-    transition_vjp(dM_s, dS_s, M0_s, S0_s, dblock_end.transition, block.index, FLAT)
-    A_s = M0_s
+    dbeta_L, df_L, dm_L = transition_vjp(dM_s, dS_s, M0_s, S0_s, FLAT)
+    A_s, u_s = M0_s, S0_s._reinterpret(gl.bfloat16, [C, BD], TILE)
     if block.i == 0:
         # the chunk that a sequence begins in has an anchor of its own
         anchor = load_square(anchor_ptr, block.sequence.n.to(gl.int64) * H + block.h, tile, FLAT)
         A_s.store(anchor.to(gl.bfloat16))
-        fence_async_shared()
+    mbarrier.wait(rows_full, 0)
+    dk, dw, db = inner_gradient_vjp(
+        k_s, v_s, x_s, du_s, dk_s, u_s, wb_s, r, mean_e, c, dw, db, rows_full, block, tile, Y, LINE
+    )  # fmt: skip
+    fence_async_shared()
+    dy_s, dv_s = du_s, v_s
+    put_rows(dv_rows, tokens.dv, dv_s, token, block, tile, COPY)
+    nothing = gl.zeros([C, BD], gl.float32, Y)
+    u_dM = warpgroup_mma(u_s, dM_s.permute((1, 0)), nothing, use_acc=False, is_async=True)
+    u_dS = warpgroup_mma(u_s, dS_s.permute((1, 0)), nothing, use_acc=False, is_async=True)
     dk = warpgroup_mma(dy_s, A_s.permute((1, 0)), dk, is_async=True)
     u_dM, u_dS, _, _, _ = warpgroup_mma_wait(1, deps=[u_dM, u_dS, u_s, dM_s, dS_s])
     k = k_s.load(Y).to(gl.float32)
     dG_L, dn_L = gl.reduce((u_dM * k, u_dS * k), 1, add_two)
-    store_vector(dblock_end.weights, -2 * dn_L, weights, 1, C, Y)
-    store_vector(dblock_end.weights, -2 * dG_L, weights + C, 1, C, Y)
     dk, _, _ = warpgroup_mma_wait(0, deps=[dk, dy_s, A_s])
-    dk += G_L * (-2 * u_dM) + n_L * (-2 * u_dS)
+    dk += column(G_L) * (-2 * u_dM) + column(n_L) * (-2 * u_dS)
     dk_s.store(dk.to(gl.bfloat16))
     fence_async_shared()
     put_rows(dk_rows, tokens.dk, dk_s, token, block, tile, COPY)
+    # a fence waits for what a thread has stored: so these are the last
+    if tile.NORM:
+        store_row(daffine.w, dw, block.index, tile, LINE)
+        store_row(daffine.b, db, block.index, tile, LINE)
+    store_vector(dblock_end.weights, -2 * dn_L, weights, 1, C, Y)
+    store_vector(dblock_end.weights, -2 * dG_L, weights + C, 1, C, Y)
+    transition = dblock_end.transition + block.index * 3
+    gl.store(transition, dbeta_L)
+    gl.store(transition + 1, df_L)
+    gl.store(transition + 2, dm_L)
     tma.store_wait(0)
 
 
@@ -200,10 +224,11 @@ def hopper_key_vjp_kernel(
 def options(BD: int) -> dict[str, Any]:
     """Constants of the kernel that depend on the width of its tiles."""
     warps = 4 if BD == 64 else 8
-    return {
-        "TOKENS": product([4, warps // 4], 64), "FLAT": copying(BD, warps), "COPY": copying(BD, warps),
-        "num_warps": warps,
+    layouts = {
+        "TOKENS": product([4, warps // 4], 64), "FLAT": copying(BD, warps),
+        "LINE": gl.BlockedLayout([1], [32], [warps], [0]), "COPY": copying(BD, warps),
     }  # fmt: skip
+    return layouts | {"num_warps": warps}
 
 
 run = Launcher(hopper_key_vjp_kernel)

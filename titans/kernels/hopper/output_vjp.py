@@ -111,7 +111,9 @@ def make_inner_gradient(k_s, v_s, x_s, saved, affine, block, tile: gl.constexpr,
     x, target = x_s.load(Y).to(gl.float32), v_s.load(Y).to(gl.float32)
     if tile.NORM:
         target -= k_s.load(Y).to(gl.float32)
-        w, b = load_row(affine.w, block.h, tile, Y), load_row(affine.b, block.h, tile, Y)
+        FEATURES: gl.constexpr = gl.SliceLayout(0, Y)
+        w = gl.expand_dims(load_row(affine.w, block.h, tile, FEATURES), 0)
+        b = gl.expand_dims(load_row(affine.b, block.h, tile, FEATURES), 0)
         e = (x * w + (b - target)) * w
         mean_e, c = two_means(e, e * x, tile.D)
         store_vector(saved.means, mean_e, block.row * 2, block.H * 2, block.length, Y)
@@ -130,9 +132,10 @@ def readout_vjp(do, y, affine, daffine, block, eps, tile: gl.constexpr, Y: gl.co
         centred = less_mean(y, mean(y, tile.D), tile.D, Y)
         r = column(gl.rsqrt(mean(centred * centred, tile.D) + eps))
         x = centred * r
-        store_row(daffine.w, gl.sum(do * x, 0), block.index, tile, Y)
-        store_row(daffine.b, gl.sum(do, 0), block.index, tile, Y)
-        dx = do * load_row(affine.w, block.h, tile, Y)
+        FEATURES: gl.constexpr = gl.SliceLayout(0, Y)
+        store_row(daffine.w, gl.sum(do * x, 0), block.index, tile, FEATURES)
+        store_row(daffine.b, gl.sum(do, 0), block.index, tile, FEATURES)
+        dx = do * gl.expand_dims(load_row(affine.w, block.h, tile, FEATURES), 0)
         dcentred = r * (dx - x * column(mean(dx * x, tile.D)))
         do += less_mean(dcentred, mean(dcentred, tile.D), tile.D, Y)
     return do
