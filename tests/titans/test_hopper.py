@@ -15,9 +15,9 @@ from titans.kernels import hopper
 
 ROOT = Path(__file__).parents[2]
 # bytes of a thread's stack: the warps that copy leave their registers to the chain
-COPIES = 64
+COPIES = 96
 # where rows fill no tile their masks take registers, too
-EDGES = 152
+EDGES = 160
 # how often a step touches memory for want of registers where two programs share those of a multiprocessor
 SHARING = 32
 # bytes that a thread of a wide chain keeps in memory over its loop: four numbers
@@ -85,12 +85,11 @@ def test_the_forward_fits_a_multiprocessor_and_spills_next_to_nothing() -> None:
         assert kernel["STACK"] <= {40: 0, 64: 0, 72: EDGES, 128: COPIES}[kernel["D"]], kernel
         assert not kernel["LOCAL"], kernel
         # of the seven hundred instructions of a step
-        assert kernel["spilled"] <= (0 if kernel["D"] <= 64 else 20), kernel
+        assert kernel["spilled"] <= (0 if kernel["D"] <= 64 else 24), kernel
         # of gates that are logs, and of nothing else
         assert (kernel["exponentials"] > 0) == kernel["log_gates"], kernel
-        # tickets, and chunks that are handed over: in the loop, and the last ones
-        handed = "atom.global.gpu.release.exch.b32"
-        assert kernel["atomics"] == ["atom.global.gpu.relaxed.add.u32", handed, handed], kernel
+        # tickets, and chunks that are handed over
+        assert kernel["atomics"] == ["atom.global.gpu.relaxed.add.u32", "atom.global.gpu.release.exch.b32"], kernel
         # of the chain y, M and S; of the outputs the scores, q M0, q S0 and the weighted u
         assert kernel["products"] == 7, kernel
         assert set(kernel["mma"]) == {"bf16.bf16"}, kernel
@@ -98,8 +97,7 @@ def test_the_forward_fits_a_multiprocessor_and_spills_next_to_nothing() -> None:
 
 def test_the_ends_of_the_chunks_spill_nothing() -> None:
     kernels = [kernel for kernel in compiled() if kernel["name"].startswith("hopper_ends_kernel")]
-    # of the forward, but where chain and outputs are one, and of the backward
-    assert len(kernels) == 22
+    assert len(kernels) == 11
     for kernel in kernels:
         assert not kernel["STACK"] + kernel["LOCAL"] + kernel["shared"], kernel
         assert (kernel["exponentials"] > 0) == kernel["log_gates"], kernel

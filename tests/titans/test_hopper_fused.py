@@ -87,7 +87,7 @@ FAULTS = {
     "x saved before it is there": (WHOLE, "flags.done.index(i % STAGES), (i", "flags.done.index(i % STAGES), 1 ^ (i"),
     "x overwritten before it is saved": (WHOLE, "            mbarrier.wait(flags.read.index(0), (i & 1) ^ 1)\n", ""),
     "M0 of the step before": (WHOLE, "(own.index + H).to", "(own.index + 0).to"),
-    "rows after a sequence written": (RAGGED, "H, step.length, tile)\n    tma", "H, step.length + 1, tile)\n    tma"),
+    "rows after a sequence written": (RAGGED, "H, step.length, tile, PART", "H, step.length + 1, tile, PART"),
     "the final anchor of an unfinished chunk is M": (RAGGED, "== 0, 1, 2)", "== 0, 1, 1)"),
 }  # fmt: skip
 

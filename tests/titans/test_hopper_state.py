@@ -278,38 +278,42 @@ def test_what_is_not_finite_stays_in_its_sequence_and_head() -> None:
 
 
 WHOLE, RAGGED = Case(64, 256), Case(40, 200, cu_seqlens=(0, 100, 200), offset=(7, 0))
+# more chunks than slots
+LONG = Case(64, 448)
 ENGINE_RAGGED = Case(64, 200, cu_seqlens=(0, 100, 200), offset=(7, 0))
-HANDED = "hand_over(count_ptr, pid,"
+HANDED = "hand_over(count_ptr, pid, i + 1"
 COUNTED = "        all_stored(chunks)\n"
 READ = "        mbarrier.wait(read.index(0), (i & 1) ^ 1)\n"
-PARITY = "mbarrier.wait(done.index(0), i & 1"
+FULL = "mbarrier.wait(full.index(slot), i // STAGES & 1"
+PARITY = "mbarrier.wait(done.index(i % STAGES), (i // STAGES) & 1"
 UNFENCED = "        mbarrier.arrive(full, count=2)"
-WEIGHT = "uG_s.store((as_column(c_s.index(3 * slot"
+WEIGHT = "uG_s.store((as_column(c_s.index(first + "
 LAST_STORE = "        S_s.store(S.to(gl.bfloat16))\n"
 FAULTS = {
     "rows after the end of a sequence not cleared": (ENGINE_RAGGED, "if length < tile.BS:", "if length < 0:"),
     "M0 of the step before": (WHOLE, "(M0_engine, [row.to(gl.int32)", "(M0_engine, [row.to(gl.int32) - tile.D"),
-    "the chain waits for the wrong parity": (WHOLE, "i // STAGES & 1)", "i // STAGES & 1 ^ 1)"),
+    "the chain waits for the wrong parity": (WHOLE, f"{FULL})", f"{FULL} ^ 1)"),
     "the copies wait for the wrong parity": (WHOLE, f"{PARITY})", f"{PARITY} ^ 1)"),
     "the chain reads another slot of v": (
         WHOLE,
         "        if tile.BD <= 64:\n            target = load_target(k, v_s.index(slot)",
         "        if tile.BD <= 64:\n            target = load_target(k, v_s.index((slot + 1) % STAGES)",
     ),
-    "operands asked for before their slot is free": (WHOLE, "ahead = i + STAGES\n", "ahead = i + STAGES + 1\n"),
+    "operands asked for before their slot is free": (LONG, "if i >= STAGES:", "if i >= 2 * STAGES:"),
+    "the loader waits for the wrong parity": (LONG, "(i // STAGES - 1) & 1", "(i // STAGES) & 1"),
     "the final anchor of an unfinished chunk is M": (ENGINE_RAGGED, "== 0, 1, 2)", "== 0, 1, 1)"),
     "the anchor of a resumed chunk is M": (ENGINE_RAGGED, "load_square(initial.anchor", "load_square(initial.M"),
-    "n in the place of G": (WHOLE, f"{WEIGHT} + 1)", f"{WEIGHT})"),
+    "n in the place of G": (WHOLE, f"{WEIGHT}G_L", f"{WEIGHT}N_L"),
     "u not fenced": (WHOLE, "        fence_async_shared()\n        k_T", "        k_T"),
     "A not fenced": (WHOLE, f"{LAST_STORE}        fence_async_shared()\n", LAST_STORE),
     "k not fenced": (RAGGED, f"        fence_async_shared()\n{UNFENCED}", UNFENCED),
-    "operands announced before they have arrived": (RAGGED, "    async_copy.wait_group(0)\n", ""),
+    "operands announced before they have arrived": (RAGGED, "        async_copy.wait_group(0)\n", ""),
     "x and M0 overwritten before they are saved": (WHOLE, READ, ""),
     "M0 released before the engine has read it": (WHOLE, "tma.store_wait(0)\n", "pass\n"),
     "rows after a sequence written": (RAGGED, "mask=(t < length) &", "mask=(t < tile.BS) &"),
     "u handed over before it has been stored": (WHOLE, COUNTED, "        pass\n"),
-    "a chunk handed over too early": (WHOLE, f"{HANDED} i,", f"{HANDED} i + 1,"),
-    "the last chunks never handed over": (WHOLE, f"{HANDED} steps, tile)", "pass"),
+    "a chunk handed over too early": (WHOLE, HANDED, f"{HANDED} + 1"),
+    "the last chunk never handed over": (LONG, " | (i + 1 == steps)", ""),
     "mean over the padded width": (RAGGED, "mean(y, tile.D)", "mean(y, tile.BD)"),
 }  # fmt: skip
 

@@ -389,7 +389,7 @@ def hopper_backward(plan: Plan, saved: Saved, do: Tensor, dfinal: State, daffine
         return dq, dk, du, *dgates, *dinitial
     # these see the gates
     tile = tile_of(call, plan.layout, log_gates=True) if call.log_gates else plan.tile
-    end, _ = launch_ends(call, where, tile, plan.layout.slots, key)
+    end = launch_ends(call, where, tile, plan.layout.slots, key)
     drows, dend = Rows(*room(plan, 2 * 64, 64 * 64)), End(*(torch.empty_like(x) for x in end))
     dstate = BlockState(torch.empty_like(saved.M0), torch.empty_like(saved.S0))
     launch_output_vjp(call, where, tile, blocks, saved, do, drows, dq, du, dk, dstate, daffine, key)

@@ -1,9 +1,9 @@
 """The stages of the chain in Gluon, for compute capability 9.0; `choose` says which calls they take.
 
 The forward is one kernel, `forward.py`: its chain lies in `state.py`, its outputs in `output.py`; both in one, for many
-narrow heads, in `fused.py`; `ends.py` makes the coefficients of the chain. The backward is `output_vjp.py`, the reverse
-of the chain in `state_vjp.py`, `key_vjp.py` and `coefficients_vjp.py`. Each writes the buffers of the portable kernels,
-so either direction may run with the portable kernels of the other.
+narrow heads, in `fused.py`; `ends.py` makes the coefficients of the chain, beside it. The backward is `output_vjp.py`,
+the reverse of the chain in `state_vjp.py`, `key_vjp.py` and `coefficients_vjp.py`. Each writes the buffers of the
+portable kernels, so either direction may run with the portable kernels of the other.
 """
 
 from __future__ import annotations

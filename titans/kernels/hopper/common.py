@@ -51,20 +51,17 @@ def grid_of(ROWS: gl.constexpr, COLUMNS: gl.constexpr, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def copy_rows(tile, x_ptr, row, H, length, D: gl.constexpr, LAYOUT: gl.constexpr):
-    """Start copying `length` rows, in global memory H rows apart, to `tile`, zero outside; 16 at a time."""
-    ROWS: gl.constexpr = tile.shape[0]
-    offs_t, offs_d = grid_of(16, tile.shape[1], LAYOUT)
-    for i in gl.static_range(0, ROWS, 16):
-        mask = (offs_t < length - i) & (offs_d < D)
-        at = x_ptr + (row + i * H) * D
-        async_copy.async_copy_global_to_shared(tile.slice(i, 16), at + offs_t * (H * D) + offs_d, mask=mask)
-
-
-@gluon.jit
-def copy_vector(vector, x_ptr, length, LAYOUT: gl.constexpr):
-    """Start copying x[0], x[1], ..., zero from `length` on, to `vector`."""
-    offs = gl.arange(0, vector.shape[0], layout=LAYOUT)
-    async_copy.async_copy_global_to_shared(vector, x_ptr + offs, mask=offs < length)
+    """Start copying `length` rows, in global memory H rows apart, to `tile`, zero outside; 16 by 64 at a time."""
+    PER: gl.constexpr = tile.shape[0] // 16
+    PARTS: gl.constexpr = PER * (tile.shape[1] // 64)
+    parts = tile._reinterpret(gl.bfloat16, [PARTS, 16, 64], TILE)
+    offs_t, offs_d = grid_of(16, 64, LAYOUT)
+    # a bound which the compilers do not know keeps the loop: unrolled, it takes registers
+    for i in range(PARTS + H // 2**24):
+        t = offs_t + i % PER * 16
+        d = offs_d + i // PER * 64
+        at = x_ptr + row * D + (t * (H * D) + d)
+        async_copy.async_copy_global_to_shared(parts.index(i), at, mask=(t < length) & (d < D))
 
 
 @gluon.jit

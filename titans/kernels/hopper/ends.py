@@ -1,6 +1,6 @@
 """The coefficients that the chain needs: those of the last row of each chunk, without the rows before it.
 
-They are made in a launch of their own, or beside the chain where it has warps that have the time, see `fused.py`.
+The forward makes them beside the chain, by warps that have the time; the backward in a launch of their own.
 Every number is a sum of products of numbers that are not negative, as in `coefficients_kernel`, but by a scan. All
 warps of a role scan alike, so the bits do not depend on their number.
 """
@@ -10,14 +10,12 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from titans.arguments import Call
 from titans.kernels.block import own_block
-from titans.kernels.hopper.handover import LINE
 from titans.kernels.hopper.state_vjp import WARP
 from titans.kernels.launcher import Launcher
 from titans.kernels.tile import End, Tile, Where
@@ -109,22 +107,19 @@ def store_end(c_s, first, gates, length, tile: gl.constexpr, LAYOUT: gl.constexp
     c_s.index(first + M_L).store(m)
 
 
-@gluon.jit(do_not_specialize=["T", "H", "blocks", "counts"])
+@gluon.jit(do_not_specialize=["T", "H"])
 def hopper_ends_kernel(
     gates,
     where,
     end,  # out
-    count_ptr,  # out: (counts, LINE)
-    T, H, blocks, counts, tile: gl.constexpr,
+    T, H, tile: gl.constexpr,
 ):  # fmt: skip
     """Eq. (7) at the end of each chunk.
 
-    Grid: (K H,), the `blocks`, one warp each.
+    Grid: (K H,), one warp each.
     Reads: gates.
-    Writes: the ends; zeros for the counts.
+    Writes: the ends.
     """
-    for i in range(gl.program_id(0), counts, blocks):
-        gl.store(count_ptr + i * LINE, 0)
     block = own_block(where, T, H, 64, tile)
     if block.length > 0:
         n, G, beta, f, m = end_of(load_gates(gates, block, WARP), block.length, tile, WARP)
@@ -142,15 +137,12 @@ def hopper_ends_kernel(
 run = Launcher(hopper_ends_kernel)
 
 
-def launch_ends(call: Call, where: Where, tile: Tile, slots: int, key: Hashable) -> tuple[End, Tensor]:
-    """Launch the kernel for so many slots: what the chain needs of (7), and the counts of the forward."""
-    (N, H), T = call.M.shape[:2], call.q.shape[1]
+def launch_ends(call: Call, where: Where, tile: Tile, slots: int, key: Hashable) -> End:
+    """Launch the kernel for so many slots: what the chain needs of (7)."""
+    T, H = call.q.shape[1:3]
     end = End(call.M.new_empty(slots, H, 2, 64), call.M.new_empty(slots, H, 3))
-    counts = N * H + 1
-    count = call.M.new_empty(counts, LINE.value, dtype=torch.int32)
     run(
         slots * H, key,
-        gates=Given(call.theta, call.alpha, call.eta), where=where, end=end, count_ptr=count,
-        T=T, H=H, blocks=slots * H, counts=counts, tile=tile, num_warps=1,
+        gates=Given(call.theta, call.alpha, call.eta), where=where, end=end, T=T, H=H, tile=tile, num_warps=1,
     )  # fmt: skip
-    return end, count
+    return end

@@ -1,4 +1,4 @@
-"""The forward: the ends of the chunks, then the chain and, beside it, the outputs; or all in one, see `fused.py`."""
+"""The forward in one launch: the chain and, beside it, the outputs; or both in the same programs, see `fused.py`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from triton.experimental.gluon import language as gl
 
 from titans.arguments import Call
 from titans.kernels.hopper.common import TILE, Descriptor, aligned, copying, product
-from titans.kernels.hopper.ends import launch_ends
 from titans.kernels.hopper.fused import hopper_fused_kernel
 from titans.kernels.hopper.handover import LINE, take_ticket
 from titans.kernels.hopper.output import Engine, Tokens, run_outputs
@@ -30,28 +29,28 @@ def hopper_forward_kernel(
     k_engine, v_engine, x_engine, u_engine, M0_engine, S0_engine,
     # and as the outputs do: tokens (B T, H, D), states (K H, D, D); one by one, as Triton 3.6 wants them
     q_rows, k_rows, u_rows, o_rows, M0_square, S0_square,
-    tokens, affine, step_end, initial, where,
+    tokens, affine, initial, where,
     saved, final,  # out
     o_ptr,  # out: (B, T, H, D)
     count_ptr,  # (N H + 1, LINE), zeros in column 0: chunks that each chain has stored; programs that have begun
     T, H, chains, recorded, eps, tile: gl.constexpr,
     TOKENS: gl.constexpr, SQUARE: gl.constexpr, CHAIN_COPY: gl.constexpr, OUTPUT_COPY: gl.constexpr,
     CHAIN_REGISTERS: gl.constexpr, OUTPUT_REGISTERS: gl.constexpr,
-    STAGES: gl.constexpr, ROWS: gl.constexpr, SQUARES: gl.constexpr, GRAMS: gl.constexpr,
+    STAGES: gl.constexpr, TOGETHER: gl.constexpr, ROWS: gl.constexpr, SQUARES: gl.constexpr, GRAMS: gl.constexpr,
 ):  # fmt: skip
     """Eq. (8)-(11) and (5): every other program is the chain of a sequence and head, the one after it its outputs.
 
     Grid: (2 N H,).
-    Reads: q, k, v, w, b, gates, coefficients of the chunks' ends, the initial state.
+    Reads: q, k, v, w, b, gates, the initial state.
     Writes: o, the final state; M0 and S0 of each chunk, u of (2); if `recorded`, x and r.
     """
     ticket = take_ticket(count_ptr + chains * LINE)
     pid = ticket // 2
     if ticket % 2 == 0:
         run_chain(
-            pid, k_ptr, v_ptr, k_engine, v_engine, x_engine, u_engine, M0_engine, S0_engine, affine, step_end,
-            initial, where, saved, final, tokens.u, count_ptr, T, H, recorded, eps, tile,
-            TOKENS, SQUARE, CHAIN_COPY, STAGES, CHAIN_REGISTERS,
+            pid, k_ptr, v_ptr, k_engine, v_engine, x_engine, u_engine, M0_engine, S0_engine, tokens, affine,
+            initial, where, saved, final, count_ptr, T, H, recorded, eps, tile,
+            TOKENS, SQUARE, CHAIN_COPY, STAGES, TOGETHER, CHAIN_REGISTERS,
         )  # fmt: skip
     else:
         engine = Engine(q_rows, k_rows, u_rows, o_rows, M0_square, S0_square)
@@ -62,19 +61,20 @@ def hopper_forward_kernel(
 
 
 @functools.cache
-def options(BD: int) -> dict[str, Any]:
-    """Constants of the kernel that depend on the width of its tiles."""
+def options(BD: int, whole: bool) -> dict[str, Any]:
+    """Constants of the kernel that depend on the width of its tiles, and on whether rows fill them."""
     if BD == 64:
-        layout, copy = product([4, 1], 64), copying(64, 4)
+        layout = product([4, 1], 64)
         return {
-            "TOKENS": layout, "SQUARE": layout, "CHAIN_COPY": copy, "OUTPUT_COPY": copy,
-            "CHAIN_REGISTERS": 48, "OUTPUT_REGISTERS": 64, "STAGES": 4, "ROWS": 4, "SQUARES": 3, "GRAMS": 2,
-            "num_warps": 4,
+            "TOKENS": layout, "SQUARE": layout, "CHAIN_COPY": copying(64, 1), "OUTPUT_COPY": copying(64, 4),
+            "CHAIN_REGISTERS": 64, "OUTPUT_REGISTERS": 64,
+            "STAGES": 4, "TOGETHER": 2, "ROWS": 4, "SQUARES": 3, "GRAMS": 2, "num_warps": 4,
         }  # fmt: skip
     return {
         "TOKENS": product([4, 2], 64), "SQUARE": product([8, 1], 128),
-        "CHAIN_COPY": copying(128, 4), "OUTPUT_COPY": copying(128, 8), "CHAIN_REGISTERS": 24, "OUTPUT_REGISTERS": 64,
-        "STAGES": 2, "ROWS": 2, "SQUARES": 1, "GRAMS": 2, "num_warps": 8,
+        "CHAIN_COPY": copying(64, 1), "OUTPUT_COPY": copying(128, 8),
+        "CHAIN_REGISTERS": 24 if whole else 32, "OUTPUT_REGISTERS": 64,
+        "STAGES": 2, "TOGETHER": 1, "ROWS": 2, "SQUARES": 1, "GRAMS": 2, "num_warps": 8,
     }  # fmt: skip
 
 
@@ -146,23 +146,23 @@ def launch_forward(
         M0, S0 = (q.new_empty(1 if fused else slots, H, D, D) for _ in range(2))
         saved = Saved(M0, S0, o, final.M)
     states = {"M0_square": squares(saved.M0, BD), "S0_square": squares(saved.S0, BD)}
-    affine = Affine(call.w, call.b)
-    results: dict[str, Any] = {"initial": initial, "where": where, "saved": saved, "final": final, "o_ptr": o}
+    shared: dict[str, Any] = {
+        "affine": Affine(call.w, call.b), "initial": initial, "where": where,
+        "saved": saved, "final": final, "o_ptr": o,
+    }  # fmt: skip
     tokens = Tokens(q, k, u, call.theta, call.alpha, call.eta)
     if fused:
         tensors = (("q", q), ("k", k), ("v", v), ("x", saved.x), ("o", o))
         run_fused(
             chains, (key, chains <= places),
-            **{f"{name}_rows": rows_of_heads(x, BD) for name, x in tensors}, **states, tokens=tokens, v_ptr=v,
-            affine=affine, **results,
+            **{f"{name}_rows": rows_of_heads(x, BD) for name, x in tensors}, **states, tokens=tokens, v_ptr=v, **shared,
             T=T, H=H, recorded=recorded, eps=call.eps, tile=tile, **fused_options(chains <= places),
         )  # fmt: skip
         return
-    step_end, count = launch_ends(call, where, tile, slots, key)
+    count = call.M.new_zeros(chains + 1, LINE.value, dtype=torch.int32)
     rows = {f"{name}_rows": rows_of_heads(x, BD) for name, x in (("q", q), ("k", k), ("u", u), ("o", o))}
     run(
         2 * chains, key,
-        k_ptr=k, v_ptr=v, **engines(k, v, u, saved, call.chunk_size), **rows, **states,
-        tokens=tokens, affine=affine, step_end=step_end, **results, count_ptr=count,
-        T=T, H=H, chains=chains, recorded=recorded, eps=call.eps, tile=tile, **options(BD),
+        k_ptr=k, v_ptr=v, **engines(k, v, u, saved, call.chunk_size), **rows, **states, tokens=tokens, **shared,
+        count_ptr=count, T=T, H=H, chains=chains, recorded=recorded, eps=call.eps, tile=tile, **options(BD, D == BD),
     )  # fmt: skip

@@ -44,8 +44,7 @@ from titans.kernels.hopper.common import (
 )
 from titans.kernels.hopper.ends import BETA_L, ENDS, F_L, G_L, M_L, N_L, load_gates, store_end
 from titans.kernels.hopper.output import GRAM, C, coefficients_part, read_out
-from titans.kernels.hopper.state import inner_gradient, load_target
-from titans.kernels.hopper.state import save_part as save_tile
+from titans.kernels.hopper.state import PART_OF_FOUR, inner_gradient, load_target, save_tile
 from titans.kernels.hopper.state_vjp import WARP, flag_of, load_rows, rows_of, square_of, store_edge
 
 
@@ -72,7 +71,7 @@ class Slots(NamedTuple):
     u: Any
     x: Any
     G: Any  # (GRAMS, 64, 64): -2 G_tj
-    beta_f: Any  # (2 GRAMS, 64): beta_t and f_t
+    beta_f: Any  # (4 GRAMS, 64): beta_t and f_t
     gates: Any  # (2, 64): a_t and eta_t
     c: Any  # (ENDS STAGES, 64)
     r: Any  # (64,)
@@ -182,6 +181,8 @@ def forward_part(
         G = slots.G.index(gram).load(Y)
         # what is above the diagonal may overflow, and must not meet the zeros of G there
         weights = gl.convert_layout(gl.where(offs_j <= offs_t, G * scores, 0.0).to(gl.bfloat16), LEFT)
+        # early: the next coefficients take nearly as long as the rest of this step
+        mbarrier.arrive(flags.G_free.index(gram))
         target = load_target(k, v, tile, Y)
         x, r, u = inner_gradient(y, target, slots.wb, step.length, eps, tile, Y)
         # o of the chunk before has been read
@@ -201,10 +202,10 @@ def forward_part(
         S = warpgroup_mma(k_T, v, S, is_async=True)
         y_M = warpgroup_mma(q, M_s, zero, use_acc=False, is_async=True)
         y_S = warpgroup_mma(q, S_s, zero, use_acc=False, is_async=True)
-        beta, f = as_column(slots.beta_f.index(2 * gram), Y), as_column(slots.beta_f.index(2 * gram + 1), Y)
+        pair = 2 * (i % (2 * GRAMS))
+        beta, f = as_column(slots.beta_f.index(pair), Y), as_column(slots.beta_f.index(pair + 1), Y)
         M, S, y_M, y_S, _, _, _ = warpgroup_mma_wait(0, deps=[M, S, y_M, y_S, q, k, v])
         y = warpgroup_mma(weights, slots.u, beta * y_M + f * y_S, is_async=True)
-        mbarrier.arrive(flags.G_free.index(gram))
         M_s.store(M.to(gl.bfloat16))
         S_s.store(S.to(gl.bfloat16))
         fence_async_shared()
@@ -219,7 +220,7 @@ def forward_part(
             token = sequence.begin + span(i, sequence, C, C, tile)[0]
             tma.async_copy_shared_to_global(engine.o, [token.to(gl.int32), h, 0], rows_of(uG_s))
         else:
-            save_tile(o_ptr, uG_s, step.row, H, step.length, tile)
+            save_tile(o_ptr, uG_s, step.row, H, step.length, tile, PART_OF_FOUR)
     tma.store_wait(0)
     store_square(final.M, M, pid, tile, Y)
     store_square(final.S, S, pid, tile, Y)
@@ -237,7 +238,7 @@ def fused_slots(STAGES: gl.constexpr, GRAMS: gl.constexpr):
         gl.allocate_shared_memory(gl.bfloat16, [C, C], TILE),
         gl.allocate_shared_memory(gl.bfloat16, [C, C], TILE),
         gl.allocate_shared_memory(gl.float32, [GRAMS, C, C], GRAM),
-        gl.allocate_shared_memory(gl.float32, [2 * GRAMS, C], VECTOR),
+        gl.allocate_shared_memory(gl.float32, [4 * GRAMS, C], VECTOR),
         gl.allocate_shared_memory(gl.float32, [2, C], VECTOR),
         gl.allocate_shared_memory(gl.float32, [ENDS * STAGES, C], VECTOR),
         gl.allocate_shared_memory(gl.float32, [C], VECTOR),

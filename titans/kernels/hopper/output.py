@@ -90,7 +90,7 @@ class Slots(NamedTuple):
     S0: Any
     o: Any  # (64, BD)
     G: Any  # (GRAMS, 64, 64): -2 G_tj
-    beta_f: Any  # (2 GRAMS, 64): beta_t and f_t
+    beta_f: Any  # (4 GRAMS, 64): beta_t and f_t, which may be read after G has been freed
     gates: Any  # (2, 64): a_t and eta_t
     wb: Any  # (2, BD)
 
@@ -193,8 +193,9 @@ def coefficients_part(pid, tokens, slots, flags, sequence, steps, H, tile: gl.co
         beta, f = beta_f(slots, log_a, tile)
         # the outputs have read what is there
         mbarrier.wait(flags.G_free.index(slot), ((i // GRAMS) & 1) ^ 1)
-        slots.beta_f.index(2 * slot).store(beta)
-        slots.beta_f.index(2 * slot + 1).store(f)
+        pair = 2 * (i % (2 * GRAMS))
+        slots.beta_f.index(pair).store(beta)
+        slots.beta_f.index(pair + 1).store(f)
         n = gl.zeros([C], gl.float32, COLUMN)
         G = n
         # the compilers do not know the bound, so they keep the loop: all roles share the instruction cache
@@ -249,7 +250,8 @@ def output_part(
         y_S = warpgroup_mma(q, S0, zero, use_acc=False, is_async=True)
         mbarrier.wait(flags.G_full.index(gram), (i // GRAMS) & 1)
         G = slots.G.index(gram).load(Y)
-        beta, f = as_column(slots.beta_f.index(2 * gram), Y), as_column(slots.beta_f.index(2 * gram + 1), Y)
+        pair = 2 * (i % (2 * GRAMS))
+        beta, f = as_column(slots.beta_f.index(pair), Y), as_column(slots.beta_f.index(pair + 1), Y)
         scores, _, _ = warpgroup_mma_wait(2, deps=[scores, q, k])
         # what is above the diagonal may overflow, and must not meet the zeros of G there
         weights = gl.convert_layout(gl.where(offs_j <= offs_t, G * scores, 0.0).to(gl.bfloat16), LEFT)
@@ -281,7 +283,7 @@ def output_slots(BD: gl.constexpr, ROWS: gl.constexpr, SQUARES: gl.constexpr, GR
         gl.allocate_shared_memory(gl.bfloat16, [SQUARES, BD, BD], TILE),
         gl.allocate_shared_memory(gl.bfloat16, [C, BD], TILE),
         gl.allocate_shared_memory(gl.float32, [GRAMS, C, C], GRAM),
-        gl.allocate_shared_memory(gl.float32, [2 * GRAMS, C], VECTOR),
+        gl.allocate_shared_memory(gl.float32, [4 * GRAMS, C], VECTOR),
         gl.allocate_shared_memory(gl.float32, [2, C], VECTOR),
         gl.allocate_shared_memory(gl.float32, [2, BD], VECTOR),
     )

@@ -1,18 +1,19 @@
-"""The `state` stage in Gluon: the chain of steps, one program per sequence and head, its warps divided into two roles.
+"""The `state` stage in Gluon: the chain of steps, one program per sequence and head, its warps in three roles.
 
-chain   4 or 8 warps   u = u(k A), M and S; both in the float32 accumulators of the tensor cores
-copies  4 warps        k, v and the coefficients of the steps' ends to shared memory, STAGES steps ahead;
-                       M0, S0, u, and x and r if wanted, from there; the count of the steps for which this is done
+chain    4 or 8 warps   u = u(k A), M and S; both in the float32 accumulators of the tensor cores
+saver    2 warps        M0, S0, u, and x and r if wanted, from shared memory; the count of the steps that are stored
+loader   1 warp         k, v and the coefficients of the steps' ends to shared memory, STAGES steps ahead
 
 The chain's warps touch global memory before and after the loop only: their fences would wait for it. Where a row fills
 a tile, the copy engine moves k, v, M0 and S0, and x and u of whole chunks. Copies by warps took up to a fifth of a
-step, since they share the way to shared memory with the chain.
+step, since they share the way to shared memory with the chain. Loads and stores have warps of their own: each waits for
+memory about as long as a step takes.
 
 The roles meet at barriers in shared memory, each of which is completed once a step:
 
-full[slot]   copies -> chain   the operands of a step have arrived; half of it is the copy engine's
-done         chain -> copies   a step is over: its slot is free; x, r, u and the next M0 and S0 can be saved
-read         copies -> chain   they have been read, and can be overwritten
+full[slot]   loader -> chain          the operands of a step have arrived; half of it is the copy engine's
+done[slot]   chain -> loader, saver   a step is over: its slot is free; x, r, u and the next M0 and S0 can be saved
+read         saver -> chain           they have been read, and can be overwritten
 """
 
 from __future__ import annotations
@@ -36,7 +37,6 @@ from titans.kernels.hopper.common import (
     as_row,
     as_scalar,
     copy_rows,
-    copy_vector,
     grid_of,
     less_mean,
     load_square,
@@ -45,18 +45,21 @@ from titans.kernels.hopper.common import (
     store_width,
     two_means,
 )
+from titans.kernels.hopper.ends import BETA_L, ENDS, F_L, G_L, M_L, N_L, load_gates, store_end
 from titans.kernels.hopper.handover import LINE, all_stored, release, role_barrier
+from titans.kernels.hopper.state_vjp import WARP
 
-PART = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
-ONE_EACH = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+# of the saver, and of four warps
+PART = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [2, 1], [1, 0]))
+PART_OF_FOUR = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
+ONE_EACH = gl.constexpr(gl.BlockedLayout([1], [32], [2], [0]))
 
 
 @gluon.jit
 def load_step(
-    k_ptr, v_ptr, k_engine, v_engine, step_end, k_s, v_s, c_s, full, slot, step, token, h,
-    tile: gl.constexpr, COPY: gl.constexpr,
-):  # fmt: skip
-    """Start copying the operands of a step to a slot; the engine copies the rows after its last as well."""
+    k_ptr, v_ptr, k_engine, v_engine, k_s, v_s, full, slot, step, token, h, tile: gl.constexpr, COPY: gl.constexpr
+):
+    """Start copying k and v of a step to a slot; the engine copies the rows after its last as well."""
     if tile.D == tile.BD:
         at = [token.to(gl.int32), h * tile.D]
         mbarrier.expect(full.index(slot), 2 * tile.BS * tile.D * 2)
@@ -65,25 +68,21 @@ def load_step(
     else:
         copy_rows(k_s.index(slot), k_ptr, step.row, step.H, step.length, tile.D, COPY)
         copy_rows(v_s.index(slot), v_ptr, step.row, step.H, step.length, tile.D, COPY)
-    weights = step_end.weights + step.index * 2 * tile.BS
-    copy_vector(c_s.index(3 * slot), weights, step.length, ONE_EACH)
-    copy_vector(c_s.index(3 * slot + 1), weights + tile.BS, step.length, ONE_EACH)
-    copy_vector(c_s.index(3 * slot + 2), step_end.transition + step.index * 3, 3, ONE_EACH)
 
 
 @gluon.jit
-def save_part(x_ptr, tile_s, row, H, length, tile: gl.constexpr):
+def save_tile(x_ptr, tile_s, row, H, length, tile: gl.constexpr, LAYOUT: gl.constexpr):
     """Store `length` rows, in global memory H rows apart, 16 of 64 columns at a time."""
     PER: gl.constexpr = tile_s.shape[0] // 16
     PARTS: gl.constexpr = PER * (tile.BD // 64)
     parts = tile_s._reinterpret(gl.bfloat16, [PARTS, 16, 64], TILE)
-    offs_t, offs_d = grid_of(16, 64, PART)
+    offs_t, offs_d = grid_of(16, 64, LAYOUT)
     # a bound which the compilers do not know keeps the loop: unrolled, it takes registers that this role does not have
     for i in range(PARTS + H // 2**24):
         t = offs_t + i % PER * 16
         d = offs_d + i // PER * 64
         at = x_ptr + row * tile.D + (t * (H * tile.D) + d)
-        gl.store(at, parts.index(i).load(PART), mask=(t < length) & (d < tile.D))
+        gl.store(at, parts.index(i).load(LAYOUT), mask=(t < length) & (d < tile.D))
 
 
 @gluon.jit
@@ -96,8 +95,8 @@ def save_squares(M0_engine, S0_engine, saved, A_s, S_s, row, wanted, tile: gl.co
             tma.async_copy_shared_to_global(S0_engine, [row.to(gl.int32), 0], S_s)
         else:
             one = wanted.to(gl.int32)
-            save_part(saved.M0, A_s, row, one, tile.D, tile)
-            save_part(saved.S0, S_s, row, one, tile.D, tile)
+            save_tile(saved.M0, A_s, row, one, tile.D, tile, PART)
+            save_tile(saved.S0, S_s, row, one, tile.D, tile, PART)
 
 
 @gluon.jit
@@ -107,9 +106,9 @@ def save_tokens(engine, x_ptr, x_s, step, token, h, tile: gl.constexpr):
         if step.length == tile.BS:
             tma.async_copy_shared_to_global(engine, [token.to(gl.int32), h * tile.D], x_s)
         else:
-            save_part(x_ptr, x_s, step.row, step.H, step.length, tile)
+            save_tile(x_ptr, x_s, step.row, step.H, step.length, tile, PART)
     else:
-        save_part(x_ptr, x_s, step.row, step.H, step.length, tile)
+        save_tile(x_ptr, x_s, step.row, step.H, step.length, tile, PART)
 
 
 @gluon.jit
@@ -123,11 +122,11 @@ def save_r(saved, r_s, step, tile: gl.constexpr):
 @gluon.jit
 def announce(full, tile: gl.constexpr):
     """Wait for the copies of this role, and arrive."""
-    async_copy.commit_group()
-    async_copy.wait_group(0)
     if tile.D == tile.BD:
         mbarrier.arrive(full, count=1)
     else:
+        async_copy.commit_group()
+        async_copy.wait_group(0)
         fence_async_shared()
         mbarrier.arrive(full, count=2)
 
@@ -142,43 +141,47 @@ def hand_over(count_ptr, pid, chunks, tile: gl.constexpr):
 
 
 @gluon.jit
-def copy_part(
-    pid, k_ptr, v_ptr, k_engine, v_engine, x_engine, u_engine, M0_engine, S0_engine, step_end, saved, u_ptr, count_ptr,
-    k_s, v_s, c_s, A_s, S_s, x_s, u_s, r_s, full, done, read, sequence, steps, recorded, H,
+def load_part(
+    pid, k_ptr, v_ptr, k_engine, v_engine, tokens, k_s, v_s, c_s, full, done, sequence, steps, H,
     tile: gl.constexpr, COPY: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """After step i: save x, r and u of step i, M0 and S0 of step i + 1, and fetch the operands of step i + STAGES."""
+    """Fill the slots, as they become free."""
     h = pid % H
-    for i in range(-STAGES, steps):
-        ahead = i + STAGES
-        if i >= 0:
-            mbarrier.wait(done.index(0), i & 1)
-            # now the stores of the step before have been made, or nearly so
-            if i > 0:
-                hand_over(count_ptr, pid, i, tile)
-            own = own_step(i, sequence, h, H, tile.BS, tile)
-            token = sequence.begin + span(i, sequence, tile.BS, tile.BS, tile)[0]
-            next_square = (own.index + H) * tile.D
-            save_squares(M0_engine, S0_engine, saved, A_s, S_s, next_square, i + 1 < steps, tile)
-            save_tokens(u_engine, u_ptr, u_s, own, token, h, tile)
-            if recorded > 0:
-                save_tokens(x_engine, saved.x, x_s, own, token, h, tile)
-                save_r(saved, r_s, own, tile)
-        if ahead < steps:
-            step = own_step(ahead, sequence, h, H, tile.BS, tile)
-            token = sequence.begin + span(ahead, sequence, tile.BS, tile.BS, tile)[0]
-            load_step(
-                k_ptr, v_ptr, k_engine, v_engine, step_end, k_s, v_s, c_s, full, ahead % STAGES, step, token, h,
-                tile, COPY,
-            )  # fmt: skip
-        if i >= 0:
-            if tile.D == tile.BD:
-                tma.store_wait(0)
-            mbarrier.arrive(read.index(0), count=1)
-        if ahead < steps:
-            announce(full.index(ahead % STAGES), tile)
-    if steps > 0:
-        hand_over(count_ptr, pid, steps, tile)
+    for i in range(steps):
+        slot = i % STAGES
+        step = own_step(i, sequence, h, H, tile.BS, tile)
+        token = sequence.begin + span(i, sequence, tile.BS, tile.BS, tile)[0]
+        gates = load_gates(tokens, step, WARP)
+        if i >= STAGES:
+            mbarrier.wait(done.index(slot), (i // STAGES - 1) & 1)
+        load_step(k_ptr, v_ptr, k_engine, v_engine, k_s, v_s, full, slot, step, token, h, tile, COPY)
+        store_end(c_s, ENDS * slot, gates, step.length, tile, WARP)
+        announce(full.index(slot), tile)
+
+
+@gluon.jit
+def save_part(
+    pid, x_engine, u_engine, M0_engine, S0_engine, tokens, saved, count_ptr, A_s, S_s, x_s, u_s, r_s,
+    done, read, sequence, steps, recorded, H,
+    tile: gl.constexpr, STAGES: gl.constexpr, TOGETHER: gl.constexpr,
+):  # fmt: skip
+    """Save x, r and u of each step, and M0 and S0 of the next. To hand chunks over takes long: TOGETHER at once."""
+    h = pid % H
+    for i in range(steps):
+        own = own_step(i, sequence, h, H, tile.BS, tile)
+        token = sequence.begin + span(i, sequence, tile.BS, tile.BS, tile)[0]
+        next_square = (own.index + H) * tile.D
+        mbarrier.wait(done.index(i % STAGES), (i // STAGES) & 1)
+        save_squares(M0_engine, S0_engine, saved, A_s, S_s, next_square, i + 1 < steps, tile)
+        save_tokens(u_engine, tokens.u, u_s, own, token, h, tile)
+        if recorded > 0:
+            save_tokens(x_engine, saved.x, x_s, own, token, h, tile)
+            save_r(saved, r_s, own, tile)
+        if tile.D == tile.BD:
+            tma.store_wait(0)
+        mbarrier.arrive(read.index(0), count=1)
+        if (i % TOGETHER == TOGETHER - 1) | (i + 1 == steps):
+            hand_over(count_ptr, pid, i + 1, tile)
 
 
 @gluon.jit
@@ -255,9 +258,9 @@ def chain_part(
             fence_async_shared()
         y = warpgroup_mma(k, A_s, zero, use_acc=False, is_async=True)
         # beside the product: all that needs neither y nor u
-        transition = c_s.index(3 * slot + 2)
-        M = as_scalar(transition, 0, SQUARE) * M + as_scalar(transition, 1, SQUARE) * S
-        S = as_scalar(transition, 2, SQUARE) * S
+        first = ENDS * slot
+        M = as_scalar(c_s.index(first + BETA_L), 0, SQUARE) * M + as_scalar(c_s.index(first + F_L), 0, SQUARE) * S
+        S = as_scalar(c_s.index(first + M_L), 0, SQUARE) * S
         if tile.BD <= 64:
             target = load_target(k, v_s.index(slot), tile, TOKENS)
         y = warpgroup_mma_wait(0, deps=[y])
@@ -265,11 +268,11 @@ def chain_part(
         if tile.BD > 64:
             target = load_target(k, v_s.index(slot), tile, TOKENS)
         x, r, u = inner_gradient(y, target, w_s, length, eps, tile, TOKENS)
-        uG_s.store((as_column(c_s.index(3 * slot + 1), TOKENS) * -2 * u).to(gl.bfloat16))
+        uG_s.store((as_column(c_s.index(first + G_L), TOKENS) * -2 * u).to(gl.bfloat16))
         fence_async_shared()
         k_T = k.permute((1, 0))
         M = warpgroup_mma(k_T, uG_s, M, is_async=True)
-        un_s.store((as_column(c_s.index(3 * slot), TOKENS) * -2 * u).to(gl.bfloat16))
+        un_s.store((as_column(c_s.index(first + N_L), TOKENS) * -2 * u).to(gl.bfloat16))
         mbarrier.wait(read.index(0), (i & 1) ^ 1)
         u_s.store(u.to(gl.bfloat16))
         if recorded > 0:
@@ -283,7 +286,7 @@ def chain_part(
         S = warpgroup_mma_wait(0, deps=[S, k, un_s])[0]
         S_s.store(S.to(gl.bfloat16))
         fence_async_shared()
-        mbarrier.arrive(done.index(0), count=1)
+        mbarrier.arrive(done.index(slot), count=1)
         if i == last:
             store_square(final.anchor, M, pid, tile, SQUARE)
     store_square(final.M, M, pid, tile, SQUARE)
@@ -292,13 +295,14 @@ def chain_part(
 
 @gluon.jit
 def run_chain(
-    pid, k_ptr, v_ptr, k_engine, v_engine, x_engine, u_engine, M0_engine, S0_engine, affine, step_end, initial, where,
-    saved, final, u_ptr, count_ptr, T, H, recorded, eps, tile: gl.constexpr,
-    TOKENS: gl.constexpr, SQUARE: gl.constexpr, COPY: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+    pid, k_ptr, v_ptr, k_engine, v_engine, x_engine, u_engine, M0_engine, S0_engine, tokens, affine, initial, where,
+    saved, final, count_ptr, T, H, recorded, eps, tile: gl.constexpr,
+    TOKENS: gl.constexpr, SQUARE: gl.constexpr, COPY: gl.constexpr, STAGES: gl.constexpr, TOGETHER: gl.constexpr,
+    REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Eq. (8)-(10), as `titans.kernels.state.state_kernel`, for chunks of BS tokens, of sequence and head `pid`.
 
-    Reads: k, v, w, b, coefficients of the steps' ends, the initial state.
+    Reads: k, v, w, b, gates, the initial state.
     Writes: M0, S0 of each block, u, the final state; how many chunks; if `recorded`, x and r of (2), x = k A in the
     plain memory.
     """
@@ -308,7 +312,7 @@ def run_chain(
     steps = step_count(sequence, BS, tile)
     k_s = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BS, BD], TILE)
     v_s = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BS, BD], TILE)
-    c_s = gl.allocate_shared_memory(gl.float32, [3 * STAGES, BS], VECTOR)
+    c_s = gl.allocate_shared_memory(gl.float32, [ENDS * STAGES, BS], VECTOR)
     A_s = gl.allocate_shared_memory(gl.bfloat16, [BD, BD], TILE)
     S_s = gl.allocate_shared_memory(gl.bfloat16, [BD, BD], TILE)
     uG_s = gl.allocate_shared_memory(gl.bfloat16, [BS, BD], TILE)
@@ -318,20 +322,21 @@ def run_chain(
     r_s = gl.allocate_shared_memory(gl.float32, [BS], VECTOR)
     w_s = gl.allocate_shared_memory(gl.float32, [2, BD], VECTOR)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    done = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    done = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     read = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=2)
-    mbarrier.init(done.index(0), count=1)
+        mbarrier.init(done.index(i), count=1)
     mbarrier.init(read.index(0), count=1)
     gl.warp_specialize(
         [
             (chain_part, (pid, affine, initial, saved, final, k_s, v_s, c_s, A_s, S_s, uG_s, un_s, x_s, u_s, r_s, w_s,
                           full, done, read, sequence, steps, recorded, H, eps, tile, TOKENS, SQUARE, STAGES)),
-            (copy_part, (pid, k_ptr, v_ptr, k_engine, v_engine, x_engine, u_engine, M0_engine, S0_engine, step_end,
-                         saved, u_ptr, count_ptr, k_s, v_s, c_s, A_s, S_s, x_s, u_s, r_s,
-                         full, done, read, sequence, steps, recorded, H, tile, COPY, STAGES)),
+            (save_part, (pid, x_engine, u_engine, M0_engine, S0_engine, tokens, saved, count_ptr, A_s, S_s, x_s, u_s,
+                         r_s, done, read, sequence, steps, recorded, H, tile, STAGES, TOGETHER)),
+            (load_part, (pid, k_ptr, v_ptr, k_engine, v_engine, tokens, k_s, v_s, c_s, full, done, sequence, steps, H,
+                         tile, COPY, STAGES)),
         ],
-        [4],
-        [REGISTERS],
+        [2, 1],
+        [REGISTERS, REGISTERS],
     )  # fmt: skip
