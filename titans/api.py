@@ -86,6 +86,20 @@ def chunk_titans_linear(
     TypeError, ValueError
         If an argument breaks a rule above; the message gives the argument, the rule and the value.
     """
+    call = checked_call(
+        q, k, v, w, b, theta, alpha, eta, eps, chunk_size, initial_state, output_final_state, cu_seqlens, log_gates,
+        backend,
+    )  # fmt: skip
+    o, state = run(call, backend)
+    return o, state if output_final_state else None
+
+
+def checked_call(
+    q: Tensor, k: Tensor, v: Tensor, w: Tensor | None, b: Tensor | None, theta: Tensor, alpha: Tensor, eta: Tensor,
+    eps: float, chunk_size: int, initial_state: InitialState, output_final_state: bool, cu_seqlens: Tensor | None,
+    log_gates: bool, backend: Backend | None,
+) -> Call:  # fmt: skip
+    """Check the arguments of `chunk_titans_linear` and fill in the defaults."""
     q, k, v = follow_autocast(q, k, v)
     validation.check_tokens(q, k, v, "(B, T, H, D)")
     flags = {"output_final_state": output_final_state, "log_gates": log_gates}
@@ -100,9 +114,21 @@ def chunk_titans_linear(
     N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     validation.check_state("initial_state", initial_state, N, q, chunk_size)
     M, S, anchor, offset = _initial_state(initial_state, N, q)
-    call = Call(q, k, v, w, b, theta, alpha, eta, M, S, anchor, offset, cu_seqlens, eps, chunk_size, log_gates)
-    o, M, S, anchor = _run(call, _chosen(call, backend, "log" if log_gates else "chunk"))
-    return o, TitansState(M, S, anchor, final_offset(call), chunk_size) if output_final_state else None
+    return Call(q, k, v, w, b, theta, alpha, eta, M, S, anchor, offset, cu_seqlens, eps, chunk_size, log_gates)
+
+
+def run(call: Call, backend: Backend | None) -> tuple[Tensor, TitansState]:
+    """Run a checked call: o, and the final state."""
+    o, M, S, anchor = _run(call, _chosen(call, backend, "log" if call.log_gates else "chunk"))
+    return o, TitansState(M, S, anchor, final_offset(call), call.chunk_size)
+
+
+def decode_token(call: Call, state: DecodeState, backend: Backend | None) -> Tensor:
+    """Run a checked call of one token, whatever its state: o, (B, 1, H, D); moves `state`, in place."""
+    backend = _chosen(call, backend, "recurrent")
+    call = call._replace(M=None, S=None, anchor=None)  # type: ignore[arg-type]
+    given = (x for name, x in call._asdict().items() if name not in ("M", "S", "anchor", "offset", "cu_seqlens"))
+    return decode(*given, *state, backend == "triton")  # type: ignore[no-any-return]
 
 
 def _chosen(call: Call, wanted: Backend | None, otherwise: Backend) -> Backend:
@@ -235,7 +261,10 @@ def titans_linear_step(
     if isinstance(state, DecodeState):
         check_decode_state("state", state, q_t, chunk_size, in_place)
         call = Call(q, k, v, w, b, theta, alpha, eta, *state[:3], None, None, eps, chunk_size, log_gates)
-        return _decode(call, state if in_place else state.clone(), _chosen(call, backend, "recurrent"))
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*call.differentiable, *state)):
+            raise ValueError("`state` must be a TitansState where gradients are recorded, got a DecodeState")
+        state = state if in_place else state.clone()
+        return decode_token(call, state, backend)[:, 0], state
     if in_place:
         raise TypeError(f"`in_place` needs a DecodeState as `state`, got {type(state).__name__}")
     validation.check_state("state", state, q_t.shape[0], q_t, chunk_size)
@@ -249,16 +278,6 @@ def titans_linear_step(
         o, M, S, anchor = _run(call, backend)
         offset = final_offset(call)
     return o[:, 0], TitansState(M, S, anchor, offset, chunk_size)
-
-
-def _decode(call: Call, state: DecodeState, backend: Backend) -> tuple[Tensor, DecodeState]:
-    """Move a decode state in place; o and the state."""
-    inputs = (*call.differentiable, *state)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-        raise ValueError("`state` must be a TitansState where gradients are recorded, got a DecodeState")
-    call = call._replace(M=None, S=None, anchor=None)  # type: ignore[arg-type]
-    given = (x for name, x in call._asdict().items() if name not in ("M", "S", "anchor", "offset", "cu_seqlens"))
-    return decode(*given, *state, backend == "triton")[:, 0], state
 
 
 def _widened(x: Tensor | None, q: Tensor) -> Tensor | None:

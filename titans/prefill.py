@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from titans import validation
-from titans.api import InitialState, chunk_titans_linear, titans_linear_step
-from titans.autocast import follow_autocast
+from titans.api import InitialState, checked_call, decode_token, run
+from titans.arguments import Call
 from titans.backend import Backend
 from titans.decoding import DecodeState
 from titans.partition import block_rows, chunks_per_block
+from titans.validation import has_values
+
+TOKENS, STATE = ("q", "k", "v", "theta", "alpha", "eta"), ("M", "S", "anchor", "offset")
 
 
 @torch.no_grad()
@@ -53,52 +58,35 @@ def titans_linear_prefill(
     TypeError, ValueError
         As `chunk_titans_linear`.
     """
-    q, k, v = follow_autocast(q, k, v)
-    validation.check_tokens(q, k, v, "(B, T, H, D)")
-    eps, chunk_size = validation.check_options(eps, chunk_size, backend, q, log_gates=log_gates)
-    validation.check_parameters(w, b, q)
-    theta, alpha, eta = (
-        validation.check_gate(name, gate, q, "(B, T, H)")
-        for name, gate in (("theta", theta), ("alpha", alpha), ("eta", eta))
-    )
-    validation.check_state("initial_state", initial_state, q.shape[0], q, chunk_size)
-    tokens = q, k, v, theta, alpha, eta
-
-    def read(rows: slice | Tensor, start: InitialState, offset: int) -> tuple[Tensor, DecodeState]:
-        n = _whole(offset, q, chunk_size)
-        q_n, k_n, v_n, theta_n, alpha_n, eta_n = (x[rows, :n] for x in tokens)
-        o, reached = chunk_titans_linear(
-            q_n, k_n, v_n, w, b, theta_n, alpha_n, eta_n, eps, chunk_size, start, True,
-            log_gates=log_gates, backend=backend,
-        )  # fmt: skip
-        assert reached is not None
-        state, outputs = DecodeState.begin(reached, q.dtype), [o]
-        for t in range(n, q.shape[1]):
-            q_t, k_t, v_t, theta_t, alpha_t, eta_t = (x[rows, t] for x in tokens)
-            o_t, state = titans_linear_step(
-                q_t, k_t, v_t, w, b, theta_t, alpha_t, eta_t, state, eps, chunk_size,
-                log_gates=log_gates, backend=backend, in_place=True,
-            )  # fmt: skip
-            outputs.append(o_t[:, None])
-        return torch.cat(outputs, 1), state
-
-    if not isinstance(initial_state, tuple):
-        return read(slice(None), initial_state, 0)
-    M, S, anchor, offset = initial_state
+    call = checked_call(
+        q, k, v, w, b, theta, alpha, eta, eps, chunk_size, initial_state, True, None, log_gates, backend
+    )  # fmt: skip
     # wherever the cuts are, the numbers are the same up to roundings
-    if not validation.has_values(offset):
-        return read(slice(None), initial_state, 0)
+    if call.offset is None or not has_values(call.offset) or not call.offset.numel():
+        return _read(call, 0, backend)
     order, parts = [], []
-    for value in sorted(set(offset.tolist())):
-        rows = (offset == value).nonzero()[:, 0]
-        parts.append(read(rows, (M[rows], S[rows], anchor[rows], offset[rows]), value))
+    for value in sorted(set(call.offset.tolist())):
+        rows = (call.offset == value).nonzero()[:, 0]
+        parts.append(_read(_part(call, (*TOKENS, *STATE), rows), value, backend))
         order.append(rows)
-    if not parts:
-        return read(slice(None), initial_state, 0)
     back = torch.cat(order).argsort()
     outputs, states = zip(*parts, strict=True)
     fields = (torch.cat(field)[back] for field in zip(*states, strict=True))
-    return torch.cat(outputs)[back], DecodeState(*fields, chunk_size=chunk_size)
+    return torch.cat(outputs)[back], DecodeState(*fields, chunk_size=call.chunk_size)
+
+
+def _part(call: Call, names: Iterable[str], rows: Any) -> Call:
+    return call._replace(**{name: getattr(call, name)[rows] for name in names})
+
+
+def _read(call: Call, offset: int, backend: Backend | None) -> tuple[Tensor, DecodeState]:
+    """Read prompts that begin at an offset: whole blocks at once, and token by token from there."""
+    n = _whole(offset, call.q, call.chunk_size)
+    o, reached = run(_part(call, TOKENS, (slice(None), slice(n))), backend)
+    state, outputs = DecodeState.begin(reached, call.q.dtype), [o]
+    for t in range(n, call.q.shape[1]):
+        outputs.append(decode_token(_part(call, TOKENS, (slice(None), slice(t, t + 1))), state, backend))
+    return torch.cat(outputs, 1), state
 
 
 def _whole(offset: int, q: Tensor, C: int) -> int:

@@ -16,6 +16,7 @@ from titans import (
     titans_linear,
     titans_linear_prefill,
     titans_linear_step,
+    validation,
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -188,6 +189,21 @@ def test_a_prefill_takes_no_more_than_its_tokens(start: Any, change: Any, error:
     given = Case(T=3, D=3, C=5, backend="chunk").arguments()
     with pytest.raises(error, match=match):
         titans_linear_prefill(**given | change, initial_state=start)
+
+
+def test_a_prefill_checks_its_arguments_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not again for each part and each token."""
+    checked: list[int] = []
+
+    def check(*arguments: Any) -> None:
+        checked.append(1)
+        check_tokens(*arguments)
+
+    check_tokens = validation.check_tokens
+    monkeypatch.setattr(validation, "check_tokens", check)
+    case = Case(T=7, D=3, C=5, offsets=(2, 0), backend="chunk")
+    titans_linear_prefill(**case.arguments(), initial_state=case.start())
+    assert checked == [1]
 
 
 @pytest.mark.parametrize("resumed", [False, True])
