@@ -2,7 +2,7 @@
 
 Device time of a step, averaged over a block, at whose end the memory moves: the steps of a block are captured in a CUDA
 graph, which is replayed. Before a shape is timed, decoded outputs are compared with those of one call over the whole
-sequence, whose coefficients on a Hopper GPU are summed in another order.
+sequence, whose bits they have on an H200.
 """
 
 from collections.abc import Callable, Iterator, Sequence

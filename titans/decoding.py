@@ -21,6 +21,8 @@ from titans.validation import check_integer, check_offsets, is_readable, name_of
 
 # beta, f, m, and the sums of the logs of beta and m
 DECAYS = 5
+# theta, a and eta, and the logs of a and eta
+GATES = 5
 
 
 class DecodeFields(NamedTuple):
@@ -36,6 +38,7 @@ class DecodeFields(NamedTuple):
     u: Tensor
     u_chain: Tensor
     weights: Tensor
+    gates: Tensor
     decay: Tensor
     place: Tensor
 
@@ -64,6 +67,8 @@ class DecodeState(DecodeFields):
         Inner gradients as they move M and S.
     weights : Tensor, shape (N, H, 2, R), as M
         n_tj and G_tj of (7) for the last token t.
+    gates : Tensor, shape (N, H, 5, R), as M
+        theta, a = 1 - alpha and eta of the block, and the logs of a and eta; of linear gates -inf.
     decay : Tensor, shape (N, H, 2, 5), as M
         beta, f and m of (7) and the sums of the logs of beta and m, since the start of the block, and since that of the
         chunk or of the block, whichever came later.
@@ -106,9 +111,9 @@ class DecodeState(DecodeFields):
         k, u, u_chain = (M.new_zeros(N, H, R, D, dtype=x) for x in (dtype, stored, compute))
         place = torch.zeros(N, H, 3, dtype=torch.int32, device=M.device)
         place[..., 0] = state[3].clamp(0, C - 1)[:, None]
-        fields = M, S, anchor, M0, S0, A, k, u, u_chain, M.new_zeros(N, H, 2, R), M.new_zeros(N, H, 2, DECAYS), place
-        fields[-2][..., [0, 2]] = 1
-        return DecodeState(*fields, chunk_size=C)
+        weights, gates, decay = (M.new_zeros(N, H, *x) for x in ((2, R), (GATES, R), (2, DECAYS)))
+        decay[..., [0, 2]] = 1
+        return DecodeState(M, S, anchor, M0, S0, A, k, u, u_chain, weights, gates, decay, place, chunk_size=C)
 
     def state(self, chunk_size: int | None = None, *, backend: str | None = None) -> TitansState:
         """The `TitansState` after the last token.
@@ -201,7 +206,8 @@ def check_decode_state(argument: str, state: DecodeState, q_t: Tensor, chunk_siz
     expected = (
         *((square, compute),) * 3, *((square, stored),) * 3,
         (rows, q_t.dtype), (rows, stored), (rows, compute),
-        (((N, H, 2, R), "(B, H, 2, R)"), compute), (((N, H, 2, DECAYS), "(B, H, 2, 5)"), compute),
+        (((N, H, 2, R), "(B, H, 2, R)"), compute), (((N, H, GATES, R), "(B, H, 5, R)"), compute),
+        (((N, H, 2, DECAYS), "(B, H, 2, 5)"), compute),
         (((N, H, 3), "(B, H, 3)"), torch.int32),
     )  # fmt: skip
     for name, x, ((shape, axes), dtype) in zip(DecodeFields._fields, state, expected, strict=True):
@@ -288,14 +294,16 @@ def _coefficients(call: Call, state: DecodeState, at: Place, dtype: torch.dtype)
     """Equations (7) of one more token."""
     passed = call.theta[:, 0].to(dtype), call.alpha[:, 0].to(dtype), call.eta[:, 0].to(dtype)
     theta, a, eta = linear_gates(passed, call.log_gates)
+    # linear gates have no logs: -inf, so that the products count
+    logs = passed[1:] if call.log_gates else (torch.full_like(a, -torch.inf),) * 2
+    gates = torch.stack((theta, a, eta, *logs), -1)[..., None]
+    state.gates.copy_(torch.where(at.now[:, :, None], gates, state.gates))
     n, G = state.weights.unbind(2)
     n = torch.where(at.now, theta[..., None], eta[..., None] * torch.where(at.filled, n, 0))
     G = a[..., None] * torch.where(at.filled, G, 0) + n
     state.weights.copy_(torch.stack([n, G], 2))
     beta, f, m, log_beta, log_m = state.decay.unbind(-1)  # (N, H, 2)
     theta, a, eta = (x[..., None] for x in (theta, a, eta))
-    # linear gates have no logs: -inf, so that the products count
-    logs = passed[1:] if call.log_gates else (torch.full_like(passed[1], -torch.inf),) * 2
     m = eta * m
     decay = a * beta, a * f + m, m, log_beta + logs[0][..., None], log_m + logs[1][..., None]
     state.decay.copy_(torch.stack(decay, -1))

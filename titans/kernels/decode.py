@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from titans import decoding
 from titans.arguments import Call
 from titans.decoding import DecodeFields, DecodeState
 from titans.kernels import hopper
@@ -67,12 +68,12 @@ def meet():
 
 
 DECAYS = tl.constexpr(len(Decay._fields))
+GATES = tl.constexpr(decoding.GATES)
 
 
 @triton.jit
-def place_of(place_ptr, C, tile: tl.constexpr):
-    """The place of this program's token. Numbers out of range, which nobody has read, lead nowhere outside."""
-    pid = tl.program_id(0).to(tl.int64)
+def place_of(place_ptr, pid, C, tile: tl.constexpr):
+    """The place of a token. Numbers out of range, which nobody has read, lead nowhere outside."""
     width = C * chunks_per_block(C, tile)
     begin = tl.minimum(tl.maximum(tl.load(place_ptr + pid * 3), 0), width - 1)
     t = tl.minimum(tl.maximum(tl.load(place_ptr + pid * 3 + 1), 0), tile.BC - 1)
@@ -229,6 +230,12 @@ def coefficients_of(theta_ptr, alpha_ptr, eta_ptr, state, place, tile: tl.conste
         # so that the products count
         log_a, log_eta = float("-inf"), float("-inf")
     theta, a, eta = linear_gates(tl.load(theta_ptr + pid), alpha, eta, tile)
+    gates_ptr = state.gates + pid * GATES * tile.BC + t
+    tl.store(gates_ptr, theta)
+    tl.store(gates_ptr + tile.BC, a)
+    tl.store(gates_ptr + 2 * tile.BC, eta)
+    tl.store(gates_ptr + 3 * tile.BC, log_a)
+    tl.store(gates_ptr + 4 * tile.BC, log_eta)
     weights_ptr = state.weights + pid * 2 * tile.BC + offs_j
     n = tl.load(weights_ptr, mask=offs_j < t, other=0.0)
     G = tl.load(weights_ptr + tile.BC, mask=offs_j < t, other=0.0)
@@ -300,7 +307,7 @@ def decode_kernel(
     Reads: the token; M0, S0 and the anchor as products read them; k, u and coefficients of the block.
     Writes: o; the token's k and u, the coefficients; M, S, anchor, M0, S0, where they move.
     """
-    place = place_of(state.place, C, tile)
+    place = place_of(state.place, tl.program_id(0).to(tl.int64), C, tile)
     pid, t = place.pid, place.t
     token, block = Rows(pid, 1, 1), Rows(pid * tile.BC, 1, t)
     h = tl.program_id(0) % H
@@ -344,7 +351,7 @@ def settle_kernel(
     Writes: M and S.
     """
     # the place of the next token
-    place = place_of(state.place, C, tile)
+    place = place_of(state.place, tl.program_id(0).to(tl.int64), C, tile)
     M = load_square(state.M, place.pid, tile, tl.float32)
     S = load_square(state.S, place.pid, tile, tl.float32)
     length = place.t - place.skip
@@ -396,6 +403,11 @@ def decode(call: Call, state: DecodeState) -> Tensor:
 def settle(call: Call, state: DecodeState) -> tuple[Tensor, Tensor]:
     """M and S after the last token; `call` is one of a token like those of the state."""
     N, H = state.M.shape[:2]
+    if N * H and hopper.stages_of(call).forward:
+        # Gluon is experimental: it is imported where it is used
+        from titans.kernels.hopper.decode import at_the_end
+
+        state = at_the_end(state, _tile(call))
     final = State(torch.empty_like(state.M), torch.empty_like(state.S), state.anchor)
     if N * H:
         settle_kernel[(N * H,)](
