@@ -12,8 +12,8 @@ from titans import recurrent, validation
 from titans.arguments import Call, TitansState, compute_dtype
 from titans.autocast import follow_autocast, without_autocast
 from titans.autograd import decode, step, unrecorded
-from titans.backend import Backend, choose
-from titans.decoding import DecodeState, check_decode_state
+from titans.backend import Backend, chosen
+from titans.decoding import DecodeState, check_decode_state, check_not_recorded
 from titans.partition import final_offset
 
 InitialState = TitansState | tuple[Tensor, Tensor, Tensor, Tensor] | Tensor | None
@@ -119,23 +119,16 @@ def checked_call(
 
 def run(call: Call, backend: Backend | None) -> tuple[Tensor, TitansState]:
     """Run a checked call: o, and the final state."""
-    o, M, S, anchor = _run(call, _chosen(call, backend, "log" if call.log_gates else "chunk"))
+    o, M, S, anchor = _run(call, chosen(call, backend, "log" if call.log_gates else "chunk"))
     return o, TitansState(M, S, anchor, final_offset(call), call.chunk_size)
 
 
 def decode_token(call: Call, state: DecodeState, backend: Backend | None) -> Tensor:
     """Run a checked call of one token, whatever its state: o, (B, 1, H, D); moves `state`, in place."""
-    backend = _chosen(call, backend, "recurrent")
+    backend = chosen(call, backend, "recurrent")
     call = call._replace(M=None, S=None, anchor=None)  # type: ignore[arg-type]
     given = (x for name, x in call._asdict().items() if name not in ("M", "S", "anchor", "offset", "cu_seqlens"))
     return decode(*given, *state, backend == "triton")  # type: ignore[no-any-return]
-
-
-def _chosen(call: Call, wanted: Backend | None, otherwise: Backend) -> Backend:
-    backend, against = choose(call, wanted, otherwise)
-    if backend == "triton" and against:
-        raise ValueError(f"`backend` 'triton' {against}")
-    return backend
 
 
 def _run(call: Call, backend: Backend) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -260,9 +253,9 @@ def titans_linear_step(
     q, k, v, theta, alpha, eta = (x.unsqueeze(1) for x in (q_t, k_t, v_t, theta_t, alpha_t, eta_t))
     if isinstance(state, DecodeState):
         check_decode_state("state", state, q_t, chunk_size, in_place)
-        call = Call(q, k, v, w, b, theta, alpha, eta, *state[:3], None, None, eps, chunk_size, log_gates)
-        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*call.differentiable, *state)):
-            raise ValueError("`state` must be a TitansState where gradients are recorded, got a DecodeState")
+        M, S, anchor = state.M, state.S, state.anchor
+        call = Call(q, k, v, w, b, theta, alpha, eta, M, S, anchor, None, None, eps, chunk_size, log_gates)
+        check_not_recorded("state", (*call.differentiable, *state))
         state = state if in_place else state.clone()
         return decode_token(call, state, backend)[:, 0], state
     if in_place:
@@ -270,7 +263,7 @@ def titans_linear_step(
     validation.check_state("state", state, q_t.shape[0], q_t, chunk_size)
     M, S, anchor, offset = _initial_state(state, q_t.shape[0], q_t)
     call = Call(q, k, v, w, b, theta, alpha, eta, M, S, anchor, offset, None, eps, chunk_size, log_gates)
-    backend = _chosen(call, backend, "recurrent")
+    backend = chosen(call, backend, "recurrent")
     if backend == "triton":
         _know_dtensor()
         o, M, S, anchor, offset = step(*call)

@@ -51,9 +51,14 @@ def _implement(name: str, run: Callable[..., Any], key: str) -> None:
 
 
 def _define(
-    name: str, arguments: str, results: str, run: Callable[..., Any], fake: Callable[..., Any], vmap: bool = True
+    name: str,
+    arguments: str,
+    results: str,
+    run: Callable[..., Any],
+    fake: Callable[..., Any],
+    vmap: Callable[..., Any] | None = None,
 ) -> Any:
-    """Register an operator, and return it."""
+    """Register an operator, and return it; without a rule for `vmap`, what is mapped over becomes heads."""
     new = not hasattr(_operators, name)
     if new:
         _library.define(f"{name}({arguments}) -> ({results})")
@@ -61,9 +66,9 @@ def _define(
     _implement(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"titans::{name}", fake, lib=_library, allow_override=True)
     operator = getattr(_operators, name).default
-    if new and vmap:
+    if new:
         # torch 2.11 lets nobody replace this rule; that of the module before does the same
-        torch.library.register_vmap(f"titans::{name}", over_heads(operator), lib=_library)
+        torch.library.register_vmap(f"titans::{name}", vmap or over_heads(operator), lib=_library)
     return operator
 
 
@@ -319,6 +324,16 @@ def _fake_decode(q: Tensor, *_: Any) -> Tensor:
     return q.new_empty(q.shape)
 
 
+def _decode_unless_recorded(*arguments: Any) -> Any:
+    if in_forward_mode() or _recorded(arguments):
+        raise ValueError("`state` must be a TitansState where derivatives are recorded, got a DecodeState")
+    return _below_autograd(decode, arguments)
+
+
+def _decode_mapped(*_: Any) -> Any:
+    raise ValueError("`state` must be a TitansState under `vmap`, got a DecodeState")
+
+
 _STATE = "Tensor M, Tensor S, Tensor anchor"
 chunked = _define("chunked", _ARGUMENTS, f"Tensor o, {_STATE}, {_RESIDUALS}", _chunked, _fake_chunked)
 unrecorded = _define("unrecorded", _ARGUMENTS, f"Tensor o, {_STATE}", _unrecorded, _fake_unrecorded)
@@ -329,8 +344,9 @@ _OWN = [name for name in Call._fields if name not in ("M", "S", "anchor", "offse
 _DECODED = [*_OWN, *decoding.DecodeFields._fields, "kernels"]
 _MOVED = ", ".join(f"Tensor({chr(97 + i)}!) {name}" for i, name in enumerate(decoding.DecodeFields._fields))
 _GIVEN = ", ".join(f"{_TYPES[kind]} {name}" for name, kind in get_type_hints(Call).items() if name in _OWN)
-decode = _define("decode", f"{_GIVEN}, {_MOVED}, bool kernels", "Tensor o", _decode, _fake_decode, vmap=False)
+decode = _define("decode", f"{_GIVEN}, {_MOVED}, bool kernels", "Tensor o", _decode, _fake_decode, _decode_mapped)
 _differentiable = _differentiate(chunked, _save_chunked, _differentiate_chunked, _chunked_by_definition)
 _implement("unrecorded", _recorded_or_not, "Autograd")
+_implement("decode", _decode_unless_recorded, "Autograd")
 _differentiate(chunked_backward, _save_nothing, _refuse)
 _differentiate(step, _save_step, _differentiate_step)

@@ -47,6 +47,14 @@ def choose(call: Call, wanted: Backend | None, otherwise: Backend) -> tuple[Back
     return ("triton" if wanted or against is None else otherwise), against
 
 
+def chosen(call: Call, wanted: Backend | None, otherwise: Backend) -> Backend:
+    """Choose the backend of a call, or raise ValueError where the kernels are asked for and cannot take it."""
+    backend, against = choose(call, wanted, otherwise)
+    if backend == "triton" and against:
+        raise ValueError(f"`backend` 'triton' {against}")
+    return backend
+
+
 def _reason_against_kernels(call: Call) -> str | None:
     try:
         from titans import kernels

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import _register_namedtuple
 
-from titans.arguments import TitansState
+from titans.arguments import TitansState, rows_of
 
 # M, S, anchor, offset: the states that a layer of a transformers cache must have room for
 STATES = len(TitansState._fields)
@@ -34,9 +34,22 @@ class LayerState(NamedTuple):
         """The same state, cut from the autograd graph."""
         return LayerState(self.memory.detach(), tuple(x.detach() for x in self.conv))
 
-    def to(self, device: torch.device | str) -> LayerState:
-        """The same state on another device."""
-        return LayerState(self.memory.to(device), tuple(x.to(device) for x in self.conv))
+    def clone(self) -> LayerState:
+        """A copy that shares no memory with the state."""
+        return LayerState(self.memory.clone(), tuple(x.clone() for x in self.conv))
+
+    def to(self, *args: Any, **kwargs: Any) -> LayerState:
+        """The same state on another device or in another dtype, by the arguments of `torch.Tensor.to`."""
+        return LayerState(self.memory.to(*args, **kwargs), tuple(x.to(*args, **kwargs) for x in self.conv))
+
+    def cpu(self) -> LayerState:
+        """The same state on the CPU."""
+        return self.to("cpu")
+
+    def select(self, sequences: Any) -> LayerState:
+        """The state of some sequences, as `TitansState.select`."""
+        rows = rows_of(sequences)
+        return LayerState(self.memory.select(rows), tuple(x[rows] for x in self.conv))
 
 
 # so that torch.load(..., weights_only=True), its default, accepts a saved state

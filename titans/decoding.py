@@ -5,7 +5,7 @@ Equations are those of ``titans/README.md``. `titans.kernels.decode` is the same
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,10 +14,11 @@ from torch.utils._pytree import _register_namedtuple
 
 from titans.arguments import Call, TitansState, compute_dtype, rows_of
 from titans.autocast import without_autocast
+from titans.backend import Backend, chosen
 from titans.gates import linear_gates
 from titans.inner import inner_gradient, readout, target
 from titans.partition import block_rows, chunks_per_block
-from titans.validation import check_integer, check_offsets, is_readable, name_of
+from titans.validation import check_backend, check_integer, check_offsets, is_readable, name_of
 
 # beta, f, m, and the sums of the logs of beta and m
 DECAYS = 5
@@ -26,17 +27,20 @@ GATES = 5
 
 
 class DecodeFields(NamedTuple):
-    """The tensors of a `DecodeState`."""
+    """The tensors of a `DecodeState`.
 
-    M: Tensor
-    S: Tensor
-    anchor: Tensor
+    A name that begins with another one comes before it: `torch.export` takes `state.M0` for `state.M` and a 0.
+    """
+
     M0: Tensor
     S0: Tensor
     A: Tensor
+    M: Tensor
+    S: Tensor
+    anchor: Tensor
     keys: Tensor
-    u: Tensor
     u_chain: Tensor
+    u: Tensor
     weights: Tensor
     gates: Tensor
     decay: Tensor
@@ -55,16 +59,16 @@ class DecodeState(DecodeFields):
 
     Attributes
     ----------
-    M, S, anchor : Tensor, shape (N, H, D, D), float32 (float64 for float64 tokens)
-        Where the chain stands: before the tokens of the block, or of its last chunk if chunks share a block.
     M0, S0, A : Tensor, shape (N, H, D, D), bfloat16 for bfloat16 tokens, else as M
         Memory and momentum at the start of the block and the anchor, as products read them.
+    M, S, anchor : Tensor, shape (N, H, D, D), float32 (float64 for float64 tokens)
+        Where the chain stands: before the tokens of the block, or of its last chunk if chunks share a block.
     keys : Tensor, shape (N, H, R, D), dtype of the tokens
         Keys of the block.
-    u : Tensor, shape (N, H, R, D), as M0
-        Inner gradients (2) as outputs read them.
     u_chain : Tensor, shape (N, H, R, D), as M
-        Inner gradients as they move M and S.
+        Inner gradients (2) as they move M and S.
+    u : Tensor, shape (N, H, R, D), as M0
+        The same as outputs read them.
     weights : Tensor, shape (N, H, 2, R), as M
         n_tj and G_tj of (7) for the last token t.
     gates : Tensor, shape (N, H, 5, R), as M
@@ -108,15 +112,17 @@ class DecodeState(DecodeFields):
         M, S, anchor = (x.to(compute).clone(memory_format=torch.contiguous_format) for x in state[:3])
         (N, H, D, _), R, stored = M.shape, block_rows(dtype, M.shape[-1]), storage(dtype)
         M0, S0, A = (x.clone() if x.dtype == stored else x.to(stored) for x in (M, S, anchor))
-        k, u, u_chain = (M.new_zeros(N, H, R, D, dtype=x) for x in (dtype, stored, compute))
+        k, u_chain, u = (M.new_zeros(N, H, R, D, dtype=x) for x in (dtype, compute, stored))
         place = torch.zeros(N, H, 3, dtype=torch.int32, device=M.device)
         place[..., 0] = state[3].clamp(0, C - 1)[:, None]
         weights, gates, decay = (M.new_zeros(N, H, *x) for x in ((2, R), (GATES, R), (2, DECAYS)))
         decay[..., [0, 2]] = 1
-        return DecodeState(M, S, anchor, M0, S0, A, k, u, u_chain, weights, gates, decay, place, chunk_size=C)
+        return DecodeState(M0, S0, A, M, S, anchor, k, u_chain, u, weights, gates, decay, place, chunk_size=C)
 
-    def state(self, chunk_size: int | None = None, *, backend: str | None = None) -> TitansState:
+    def state(self, chunk_size: int | None = None, *, backend: Backend | None = None) -> TitansState:
         """The `TitansState` after the last token.
+
+        It has no derivative either.
 
         Parameters
         ----------
@@ -126,8 +132,10 @@ class DecodeState(DecodeFields):
             None: the kernels on CUDA where they take such tokens.
         """
         C = _chunk_size(self, chunk_size)
+        check_backend(backend)
+        check_not_recorded("state", self)
         call = self._call(C)
-        if use_kernels(call, backend):
+        if chosen(call, backend, "recurrent") == "triton":
             from titans.kernels.decode import settle as settle_in_kernel
 
             M, S = settle_in_kernel(call, self)
@@ -143,15 +151,21 @@ class DecodeState(DecodeFields):
         """As much of a call of the next token as the choice of a backend needs."""
         q = self.keys[:, None, :, 0]
         gate = self.decay[:, None, :, 0, 0]
-        return Call(q, q, q, None, None, gate, gate, gate, *self[:3], None, None, 1.0, C, False)
+        return Call(q, q, q, None, None, gate, gate, gate, self.M, self.S, self.anchor, None, None, 1.0, C, False)
 
     def clone(self) -> DecodeState:
         """A copy that shares no memory with the state."""
         return self._each(lambda x: x.clone(memory_format=torch.contiguous_format))
 
-    def to(self, device: torch.device | str) -> DecodeState:
-        """The same state on another device."""
-        return self._each(lambda x: x.to(device))
+    def detach(self) -> DecodeState:
+        """The same state, cut from the autograd graph."""
+        return self._each(Tensor.detach)
+
+    def to(self, device: torch.device | str | int, *, non_blocking: bool = False, copy: bool = False) -> DecodeState:
+        """The same state on another device; its dtypes are those of the tokens, and stay."""
+        if isinstance(device, torch.dtype):
+            raise TypeError(f"`device` must be a device, got the dtype {name_of(device)}: `begin` makes another state")
+        return self._each(lambda x: x.to(device, non_blocking=non_blocking, copy=copy))
 
     def cpu(self) -> DecodeState:
         """The same state on the CPU."""
@@ -191,11 +205,10 @@ def storage(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.bfloat16 else compute_dtype(dtype)
 
 
-def use_kernels(call: Call, backend: str | None) -> bool:
-    """Whether the kernels decode such tokens: on CUDA where they take them, or if they are asked for."""
-    from titans.backend import choose
-
-    return choose(call, backend, "recurrent")[0] == "triton"  # type: ignore[arg-type]
+def check_not_recorded(argument: str, inputs: Iterable[Tensor | None]) -> None:
+    """A DecodeState has no derivative: `inputs`, its fields and what it is used with, must not be recorded."""
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        raise ValueError(f"`{argument}` must be a TitansState where gradients are recorded, got a DecodeState")
 
 
 def check_decode_state(argument: str, state: DecodeState, q_t: Tensor, chunk_size: int, in_place: bool) -> None:
@@ -204,8 +217,8 @@ def check_decode_state(argument: str, state: DecodeState, q_t: Tensor, chunk_siz
     (N, H, D), R, stored, compute = q_t.shape, block_rows(q_t.dtype, q_t.shape[-1]), *_dtypes(q_t.dtype)
     square, rows = ((N, H, D, D), "(B, H, D, D)"), ((N, H, R, D), "(B, H, R, D)")
     expected = (
-        *((square, compute),) * 3, *((square, stored),) * 3,
-        (rows, q_t.dtype), (rows, stored), (rows, compute),
+        *((square, stored),) * 3, *((square, compute),) * 3,
+        (rows, q_t.dtype), (rows, compute), (rows, stored),
         (((N, H, 2, R), "(B, H, 2, R)"), compute), (((N, H, GATES, R), "(B, H, 5, R)"), compute),
         (((N, H, 2, DECAYS), "(B, H, 2, 5)"), compute),
         (((N, H, 3), "(B, H, 3)"), torch.int32),

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
+
+from titans.validation import check_flags, check_numbers
 
 Gates = tuple[Tensor, Tensor, Tensor]
 
@@ -48,17 +51,18 @@ def check_gates(theta: Tensor, alpha: Tensor, eta: Tensor, *, log_gates: bool = 
     Raises
     ------
     TypeError
-        If a gate is not a floating-point tensor.
+        If a gate is not a dense tensor in a dtype of the op.
     ValueError
-        If a value is NaN or out of its range; the message gives the gate, the range and the first such value.
+        If a value is NaN or out of its range; the message gives the gate, the range and the first such value. Or if the
+        values cannot be read, as those of meta tensors or under `vmap`.
     """
+    check_flags(log_gates=log_gates)
     high = 0.0 if log_gates else 1.0
     low = -torch.inf if log_gates else 0.0
     for name, gate, top in (("theta", theta, torch.inf), ("alpha", alpha, high), ("eta", eta, high)):
-        if not isinstance(gate, Tensor) or not gate.is_floating_point():
-            raise TypeError(
-                f"`{name}` must be a floating-point tensor, got {getattr(gate, 'dtype', type(gate).__name__)}"
-            )
+        check_numbers(name, gate)
+        if gate.is_meta or isinstance(gate, FakeTensor) or torch._C._functorch.is_batchedtensor(gate):
+            raise ValueError(f"`{name}` must have values to be read, got a meta or fake tensor, or one under vmap")
         inside = (gate >= low) & (gate <= top) & (gate < torch.inf)
         if not bool(inside.all()):
             where = tuple((~inside).nonzero()[0].tolist())

@@ -46,7 +46,8 @@ def titans_linear_prefill(
     q, k, v, w, b, theta, alpha, eta, eps, chunk_size, log_gates, backend
         As in `chunk_titans_linear`.
     initial_state : TitansState, or Tensor of shape (N, H, D, D) or (H, D, D), or None
-        As in `chunk_titans_linear`. The offsets of a state are read, which synchronises a GPU.
+        As in `chunk_titans_linear`. The offsets of a state are read, which synchronises a GPU; a compiled call does not
+        read them, and may round differently.
 
     Returns
     -------

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from titans.arguments import Call, compute_dtype
-from titans.gates import linear_gates
+from titans.gates import Gates, linear_gates
 from titans.inner import inner_gradient, readout, target
-from titans.validation import check_bounds
+from titans.validation import check_bounds, has_values
 
 
 def recurrent(
@@ -74,23 +74,39 @@ def forward(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
     if call.cu_seqlens is None:
         o, M, S, anchor = run(slice(None), slice(None))
-    else:
-        bounds = _bounds(call)
+    elif has_values(call.cu_seqlens):
+        bounds = call.cu_seqlens.tolist()
+        check_bounds(bounds, call.q.shape[1])
         runs = [run(slice(*bounds[n : n + 2]), slice(n, n + 1)) for n in range(len(bounds) - 1)]
         # the empty slice stands for no sequence at all
         runs.append(run(slice(0, 0), slice(0, 0)))
         o, M, S, anchor = (
             torch.cat(parts, dim) for parts, dim in zip(zip(*runs, strict=True), (1, 0, 0, 0), strict=True)
         )
+    else:
+        gates = theta, a, eta
+        o, M, S, anchor = _packed(call, w, b, gates, call.M, call.S, call.anchor, offset)
     return o.to(call.q.dtype), M, S, anchor
 
 
-def _bounds(call: Call) -> list[int]:
+def _packed(
+    call: Call, w: Tensor | None, b: Tensor | None, gates: Gates, M: Tensor, S: Tensor, anchor: Tensor, offset: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Packed sequences whose bounds cannot be read: each token moves the state of the sequence that it belongs to."""
     assert call.cu_seqlens is not None
-    T, N = call.q.shape[1], call.cu_seqlens.shape[0] - 1
-    if call.cu_seqlens.is_meta:
-        # no values, and all of them lead to the same shapes
-        return [0] * N + [T]
-    bounds = call.cu_seqlens.tolist()
-    check_bounds(bounds, T)
-    return bounds
+    cu_seqlens, T = call.cu_seqlens.to(M.device), call.q.shape[1]
+    tokens, sequences = torch.arange(T, device=M.device), torch.arange(M.shape[0], device=M.device)
+    owner = (cu_seqlens[1:, None] <= tokens).sum(0)  # (T,)
+    place = offset[owner] + tokens - cu_seqlens[owner]
+    o = [copied(call.q[:, :0].to(M.dtype))]
+    for t in range(T):
+        at, n = slice(t, t + 1), owner[t : t + 1]
+        q, k, v = (copied(x[:, at].to(M.dtype)) for x in (call.q, call.k, call.v))
+        theta, a, eta = (x[:, at] for x in gates)
+        o_t, *moved = recurrent(
+            q, k, v, w, b, theta, a, eta, M[n], S[n], anchor[n], place[at], call.eps, call.chunk_size
+        )
+        own = (sequences == n)[:, None, None, None]
+        M, S, anchor = (torch.where(own, x, y) for x, y in zip(moved, (M, S, anchor), strict=True))
+        o.append(o_t)
+    return torch.cat(o, 1), copied(M), copied(S), copied(anchor)

@@ -31,11 +31,16 @@ def check_dense(name: str, x: Any) -> None:
         raise TypeError(f"`{name}` must be a dense (strided) tensor, got {kind}")
 
 
-def check_tensor(name: str, x: Any, shape: tuple[int, ...], axes: str, device: torch.device) -> None:
-    """`x` must be a dense tensor of a supported dtype with the given shape on the given device."""
+def check_numbers(name: str, x: Any) -> None:
+    """`x` must be a dense tensor of a supported dtype."""
     check_dense(name, x)
     if x.dtype not in DTYPES:
         raise TypeError(f"`{name}` must have dtype float32, float16, bfloat16 or float64, got {name_of(x.dtype)}")
+
+
+def check_tensor(name: str, x: Any, shape: tuple[int, ...], axes: str, device: torch.device) -> None:
+    """`x` must be a dense tensor of a supported dtype with the given shape on the given device."""
+    check_numbers(name, x)
     if x.shape != shape:
         raise ValueError(f"`{name}` must have shape {axes} = {tuple(shape)}, got {tuple(x.shape)}")
     if x.device != device:
@@ -86,12 +91,22 @@ def check_gate(name: str, gate: Any, q: Tensor, axes: str) -> Tensor:
 
 def check_options(eps: Any, chunk_size: Any, backend: Any, q: Tensor, **flags: Any) -> tuple[float, int]:
     """eps, chunk_size, backend and the boolean flags; return eps and chunk_size as Python's own numbers."""
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"`backend` must be None or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    check_backend(backend)
+    check_flags(**flags)
+    return _eps(eps, compute_dtype(q.dtype)), check_integer("chunk_size", chunk_size)
+
+
+def check_flags(**flags: Any) -> None:
+    """Each flag must be True or False."""
     for name, flag in flags.items():
         if not isinstance(flag, bool):
             raise TypeError(f"`{name}` must be a bool, got {type(flag).__name__}")
-    return _eps(eps, compute_dtype(q.dtype)), check_integer("chunk_size", chunk_size)
+
+
+def check_backend(backend: Any) -> None:
+    """`backend` must be None or the name of one."""
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"`backend` must be None or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
 
 
 def _eps(eps: Any, dtype: torch.dtype) -> float:
@@ -168,15 +183,16 @@ def check_offsets(name: str, offsets: list[int], chunk_size: int) -> None:
 
 def is_readable(x: Tensor) -> bool:
     """Whether the values of `x` can be read at once: no synchronisation, no tracing, no fake tensor, no transform."""
-    return not torch.compiler.is_compiling() and x.device.type == "cpu" and has_values(x)
+    return x.device.type == "cpu" and has_values(x)
 
 
 def has_values(x: Tensor) -> bool:
     """Whether `x` is a tensor of its own numbers: no meta or fake one, and none that is traced or transformed."""
     return (
-        not x.is_meta
+        not torch.compiler.is_compiling()
+        and not x.is_meta
         and type(x) is Tensor
-        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
         and torch._C._len_torch_dispatch_stack() == 0
     )
 

@@ -317,7 +317,9 @@ def test_a_state_survives_saving_and_trees() -> None:
     with pytest.raises(ValueError, match="`chunk_size` must be given"):
         mapped.state()
     assert same(mapped.state(5)[:3], state.state()[:3])
-    assert {x.device.type for x in state.to("meta")} == {"meta"}
+    assert {x.device.type for x in state.to("meta", non_blocking=True)} == {"meta"}
+    assert same(state.to("cpu", copy=True), state)
+    assert state.to("cpu", copy=True).M.data_ptr() != state.M.data_ptr()
 
 
 def test_a_state_shares_no_memory_with_the_one_it_is_begun_from() -> None:
@@ -326,6 +328,49 @@ def test_a_state_shares_no_memory_with_the_one_it_is_begun_from() -> None:
     pointers = [x.data_ptr() for x in state]
     assert len(set(pointers)) == len(pointers)
     assert not set(pointers) & {x.data_ptr() for x in start}
+
+
+class Step(torch.nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, state: DecodeState) -> Any:
+        return titans_linear_step(q, k, v, None, None, gate, gate, gate, state, chunk_size=5, in_place=True)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_exported_step_takes_the_states_of_any_number_of_sequences(strict: bool) -> None:
+    """Also a test of the order of the fields: `torch.export` replaces names that others begin with."""
+
+    def arguments(N: int) -> tuple[Any, ...]:
+        generator = torch.Generator().manual_seed(N)
+        q, k, v = torch.randn(3, N, H, 3, generator=generator)
+        M, S, anchor = torch.randn(3, N, H, 3, 3, generator=generator)
+        begun = DecodeState.begin(TitansState(M, S, anchor, torch.arange(N) % 5), torch.float32, 5)
+        return q, k, v, torch.rand(N, H, generator=generator), begun
+
+    any_size = {0: torch.export.Dim("N", min=2)}
+    program = torch.export.export(
+        Step(), arguments(2), strict=strict, dynamic_shapes=(*[any_size] * 4, DecodeState(*[any_size] * 12))  # type: ignore[arg-type]
+    )  # fmt: skip
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    *token, moved = arguments(3)
+    *_, expected = arguments(3)
+    o, state = torch.export.load(file).module()(*token, moved)
+    assert same([o], [Step()(*token, expected)[0]])
+    assert same(state, expected)
+    assert same(moved, expected)
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_a_compiled_prefill_goes_on_from_a_state(fullgraph: bool) -> None:
+    given, start = exact(torch.float64, 5, T=4)
+    options = {"chunk_size": 5, "initial_state": start, "backend": "chunk"}
+    tokens = [given[name] for name in ("q", "k", "v", "w", "b", "theta", "alpha", "eta")]
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(titans_linear_prefill, backend="eager", fullgraph=fullgraph)
+    (o, state), (expected, final) = compiled(*tokens, **options), titans_linear_prefill(*tokens, **options)
+    assert torch.equal(o, expected)
+    assert same(state.state(5)[:3], final.state(5)[:3])
 
 
 def test_a_compiled_step_moves_the_state_in_place() -> None:
@@ -345,7 +390,7 @@ def test_mistakes_are_named() -> None:
         (state._replace(M=state.M.double()), TypeError, "`state.M` must have dtype float32 for tokens in float32"),
         (state._replace(u=None), TypeError, "`state.u` must be a torch.Tensor, got NoneType"),
         (state._replace(place=state.place + 40), ValueError, r"`state.place\[..., 0\]`, begin, must lie in"),
-        (state.select([0]), ValueError, r"`state.M` must have shape \(B, H, D, D\)"),
+        (state.select([0]), ValueError, r"`state.M0` must have shape \(B, H, D, D\)"),
     ]
     for mistaken, error, match in wrong:
         with pytest.raises(error, match=match):
@@ -354,6 +399,14 @@ def test_mistakes_are_named() -> None:
         step(given | {"chunk_size": 4}, 0, state)
     with pytest.raises(ValueError, match=r"`state\.S` must be contiguous"):
         step(given, 0, DecodeState(*state._replace(S=state.S.mT), chunk_size=5), in_place=True)
+    with pytest.raises(ValueError, match=r"`backend` must be None or one of .*'recurrent', got 'torch'"):
+        state.state(backend="torch")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="`backend` 'triton' takes"):
+        DecodeState.begin(TitansState(*(x.double() for x in start[:3]), start.offset), torch.float64, 5).state(
+            backend="triton"
+        )
+    with pytest.raises(TypeError, match="`device` must be a device, got the dtype float64"):
+        state.to(torch.float64)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="`in_place` needs a DecodeState as `state`, got TitansState"):
         step(given, 0, start, in_place=True)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="`state` must be a TitansState or a tuple of its 4 fields, got Tensor"):

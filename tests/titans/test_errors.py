@@ -199,6 +199,11 @@ OF_A_STEP = [
 OF_GATES = [
     Bad("theta_is_a_number", TypeError, "theta", 0.1, "float"),
     Bad("theta_of_integers", TypeError, "theta", Tensor.long, "int64"),
+    Bad("theta_in_eight_bits", TypeError, "theta", lambda x: x.to(torch.float8_e4m3fn), "float8_e4m3fn"),
+    Bad("alpha_is_sparse", TypeError, "alpha", Tensor.to_sparse, "sparse_coo"),
+    Bad("eta_is_nested", TypeError, "eta", lambda x: torch.nested.as_nested_tensor(list(x)), "nested"),
+    Bad("alpha_has_no_values", ValueError, "alpha", lambda x: x.to(META), "meta"),
+    Bad("log_gates_is_a_word", TypeError, "log_gates", "yes", "str"),
     Bad("theta_is_negative", ValueError, "theta", token(3, -0.5), r"-0\.5"),
     Bad("theta_is_infinite", ValueError, "theta", token(6, INF), "inf"),
     Bad("alpha_above_one", ValueError, "alpha", token(0, 1.5), r"1\.5"),

@@ -334,8 +334,13 @@ def test_a_state_can_be_cut_from_the_graph_and_moved() -> None:
     _, _, state = make()(tokens(), use_cache=True)
     assert state.memory.M.requires_grad
     assert not any(x.requires_grad for x in leaves(state.detach()))
-    assert {x.device.type for x in leaves(state.to("meta"))} == {"meta"}
+    assert {x.device.type for x in leaves(state.to("meta", non_blocking=True))} == {"meta"}
     assert isinstance(state.detach().memory, TitansState)
+    copied = state.clone()
+    assert all(
+        torch.equal(x, y) and x.data_ptr() != y.data_ptr() for x, y in zip(leaves(copied), leaves(state), strict=True)
+    )
+    assert all(torch.equal(x, y[[1]]) for x, y in zip(leaves(state.cpu().select(1)), leaves(state), strict=True))
 
 
 # Padded and packed

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from titans import TitansState, chunk_titans_linear, titans_linear_step
+from titans import DecodeState, TitansState, check_gates, chunk_titans_linear, titans_linear, titans_linear_step
 
 # of PyTorch itself, the first time that forward mode is used
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
@@ -230,6 +230,72 @@ def test_values_that_are_not_there_are_not_read(backend: str) -> None:
         assert call(backend, offset)(fake).shape == ()
     traced = make_fx(call(backend), tracing_mode="real")(x)
     assert torch.equal(traced(x), call(backend)(x))
+
+
+def test_gates_that_are_not_there_are_no_good_gates() -> None:
+    gate = torch.full((2, 3), 0.5)
+
+    def checked(gate: Tensor) -> Tensor:
+        check_gates(gate, gate, gate)
+        return gate.sum()
+
+    with pytest.raises(ValueError, match="`theta` must have values to be read"):
+        vmap(checked)(gate)
+    with FakeTensorMode() as mode, pytest.raises(ValueError, match="`theta` must have values to be read"):
+        checked(mode.from_tensor(gate))
+    assert torch.equal(grad(checked)(gate), torch.ones_like(gate))
+
+
+def test_the_definition_takes_bounds_that_cannot_be_read() -> None:
+    """Traced, fake or mapped over: values, gradients and final states are those of bounds that are read."""
+    given, bounds = [x[:1] for x in leaves(T=7).values()], [torch.tensor(x) for x in ([0, 3, 3, 7], [0, 0, 1, 7])]
+    tokens, state = given[:6], (*(x.expand(3, -1, -1, -1) for x in given[6:]), torch.tensor([1, 0, 1]))
+
+    def run(cu_seqlens: Tensor, v: Tensor = tokens[2]) -> list[Tensor]:
+        q, k, _, *gates = tokens
+        o, final = titans_linear(q, k, v, None, None, *gates, 2.0, C, state, True, cu_seqlens=cu_seqlens)
+        assert final is not None
+        return [o, *final]
+
+    def dv(cu_seqlens: Tensor) -> Tensor:
+        return grad(lambda v: sum(x.square().sum() for x in run(cu_seqlens, v)[:4]))(tokens[2])
+
+    def same_lists(found: Any, expected: Any) -> bool:
+        return all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+    mapped, gradients = vmap(run)(torch.stack(bounds)), vmap(dv)(torch.stack(bounds))
+    for i, cu_seqlens in enumerate(bounds):
+        assert same_lists([x[i] for x in mapped], run(cu_seqlens))
+        assert torch.equal(gradients[i], dv(cu_seqlens))
+        assert dv(cu_seqlens).any()
+    assert same_lists(make_fx(lambda x: run(x), tracing_mode="real")(bounds[0])(bounds[1]), run(bounds[1]))
+    torch._dynamo.reset()
+    assert same_lists(torch.compile(run, backend="eager", fullgraph=True)(bounds[0]), run(bounds[0]))
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        assert [x.shape for x in run(fake.from_tensor(bounds[0]))] == [x.shape[1:] for x in mapped]
+
+
+@pytest.mark.parametrize("backend", ["recurrent", INTERPRETED])
+def test_a_decode_state_says_that_it_has_no_derivative(backend: str) -> None:
+    q, k, v, theta, alpha, eta, *start = leaves().values()
+    token = [x[:, 0] for x in (q, k, v, theta, alpha, eta)]
+    state = DecodeState.begin(TitansState(*start, torch.zeros(B).long()), torch.float32, C)
+
+    def step(v: Tensor) -> Tensor:
+        q, k, _, *gates = token
+        return titans_linear_step(q, k, v, None, None, *gates, state, 2.0, C, backend=backend)[0].sum()
+
+    v = token[2]
+    for way in (lambda: jvp(step, (v,), (v,)), lambda: grad(step)(v), lambda: vmap(step)(v[None])):
+        with pytest.raises(ValueError, match=r"`state` must be a TitansState .*, got a DecodeState"):
+            way()
+    with forward_ad.dual_level(), pytest.raises(ValueError, match="where derivatives are recorded"):
+        step(forward_ad.make_dual(v, v))
+    recorded = DecodeState.begin(TitansState(start[0].requires_grad_(), *start[1:], torch.zeros(B).long()), v.dtype, C)
+    with pytest.raises(ValueError, match="where gradients are recorded"):
+        recorded.state(backend=backend)
+    assert torch.equal(recorded.detach().state(backend=backend).M, start[0])
+    assert step(v).isfinite()
 
 
 def test_a_transform_maps_the_tensors_of_a_state() -> None:
