@@ -74,7 +74,8 @@ def forward(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
     if call.cu_seqlens is None:
         o, M, S, anchor = run(slice(None), slice(None))
-    elif has_values(call.cu_seqlens):
+    # where Dynamo compiles a call, the graph breaks here, and wrong bounds are refused
+    elif has_values(call.cu_seqlens) or (torch.compiler.is_compiling() and not torch.compiler.is_exporting()):
         bounds = call.cu_seqlens.tolist()
         check_bounds(bounds, call.q.shape[1])
         runs = [run(slice(*bounds[n : n + 2]), slice(n, n + 1)) for n in range(len(bounds) - 1)]

@@ -246,7 +246,17 @@ def test_gates_that_are_not_there_are_no_good_gates() -> None:
     assert torch.equal(grad(checked)(gate), torch.ones_like(gate))
 
 
-def test_the_definition_takes_bounds_that_cannot_be_read() -> None:
+class Run(torch.nn.Module):
+    def __init__(self, function: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(x)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_the_definition_takes_bounds_that_cannot_be_read(strict: bool) -> None:
     """Traced, fake or mapped over: values, gradients and final states are those of bounds that are read."""
     given, bounds = [x[:1] for x in leaves(T=7).values()], [torch.tensor(x) for x in ([0, 3, 3, 7], [0, 0, 1, 7])]
     tokens, state = given[:6], (*(x.expand(3, -1, -1, -1) for x in given[6:]), torch.tensor([1, 0, 1]))
@@ -270,7 +280,9 @@ def test_the_definition_takes_bounds_that_cannot_be_read() -> None:
         assert dv(cu_seqlens).any()
     assert same_lists(make_fx(lambda x: run(x), tracing_mode="real")(bounds[0])(bounds[1]), run(bounds[1]))
     torch._dynamo.reset()
-    assert same_lists(torch.compile(run, backend="eager", fullgraph=True)(bounds[0]), run(bounds[0]))
+    assert same_lists(torch.compile(run, backend="eager")(bounds[0]), run(bounds[0]))
+    exported = torch.export.export(Run(run), (bounds[0],), strict=strict).module()
+    assert same_lists(exported(bounds[1]), run(bounds[1]))
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         assert [x.shape for x in run(fake.from_tensor(bounds[0]))] == [x.shape[1:] for x in mapped]
 
