@@ -39,6 +39,9 @@ def main() -> int:
     except ValueError as error:
         print(f"{PROGRAM} {options.command}: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"{PROGRAM} {options.command}: the results could not be stored: {error}", file=sys.stderr)
+        return 3
 
 
 def add_merge(parser: argparse.ArgumentParser) -> None:
@@ -57,11 +60,11 @@ def run_merge(options: argparse.Namespace) -> bool:
     about = dict.fromkeys(line for run in runs for line in run.about)
     profile, seed = runs[0].settings
     found = Report(tuple(verdicts), headers.header(shlex.join(sys.argv), begin, about, profile, seed))
-    if options.output:
-        found.to_json(options.output)
     calls = envelope.tables(verdicts) if options.envelope else []
     lines = (*report.table(verdicts), *report.failures(verdicts), *report.summary(verdicts), *calls, found.trouble)
-    print("\n".join(lines))
+    print("\n".join(lines), flush=True)
+    if options.output:
+        found.to_json(options.output)
     return not found.ok
 
 
@@ -75,9 +78,9 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
 def run_compare(options: argparse.Namespace) -> bool:
     """Print the verdicts of several files side by side, and say whether one is wrong."""
     found = side_by_side([Run.read(path) for path in options.files])
+    print(found, flush=True)
     if options.html:
         found.to_html(options.html)
-    print(found)
     return not found.ok
 
 

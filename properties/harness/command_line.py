@@ -1,5 +1,6 @@
 """Mistakes on the command line, found before anything runs: each is one line of pytest's."""
 
+import dataclasses
 import json
 import math
 import time
@@ -62,7 +63,9 @@ def check_files(config: pytest.Config) -> None:
     """Refuse results in files that cannot be written, or raise ValueError; a result of an earlier run is removed."""
     if (path := config.getoption("--verdicts")) is not None:
         try:
-            report.write_json(path, [], unended())
+            files.check(path)
+            if not files.is_pipe(path):
+                report.write_json(path, [], unended())
         except OSError as error:
             raise ValueError(f"--verdicts must name a file that can be written: {error}") from error
     if path := config.getoption("xmlpath", None):
@@ -83,10 +86,23 @@ def read_problem(given: str | None) -> Problem | None:
         return None
     try:
         fields = json.loads(given if given.lstrip().startswith("{") else Path(given).read_text())
-        problem = Problem.from_json(json.dumps(fields.get("problem", fields)))
+        problem = typed(Problem.from_json(json.dumps(fields.get("problem", fields))))
         problem.inputs()
     except Exception as error:
         raise ValueError(
             f"--replay must be a problem as JSON, or a file of one: {type(error).__name__}: {error}"
         ) from error
+    return problem
+
+
+def typed(problem: Problem) -> Problem:
+    """Return a problem whose fields have the types of their defaults, or raise TypeError: JSON has any."""
+    for field in dataclasses.fields(problem):
+        value = getattr(problem, field.name)
+        wanted = (float, int) if field.name == "eps" else (type(field.default),)
+        integers = value if field.name in ("lengths", "offsets", "splits") else ()
+        if type(value) not in wanted or any(type(x) is not int for x in integers):
+            raise TypeError(f"`{field.name}` must be like {field.default!r}, got {value!r}")
+    if not 0 < problem.eps < math.inf:
+        raise ValueError(f"`eps` must be positive and finite, got {problem.eps}")
     return problem

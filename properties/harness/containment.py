@@ -5,9 +5,11 @@ import functools
 import math
 import operator
 import os
+import random
 import signal
 import sys
 import threading
+import time
 import traceback
 import unittest
 import warnings
@@ -32,7 +34,7 @@ from properties.problems.domain import OutsideDomain
 Result = TypeVar("Result")
 # Everything that a verdict is made with.
 PACKAGES = ("oracle", "properties")
-LENT = (torch, torch.Tensor, torch.autograd, torch.linalg, np, np.linalg, math, builtins)
+LENT = (torch, torch.Tensor, torch.autograd, torch.linalg, np, np.linalg, math, builtins, time, random, os)
 SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch.get_default_dtype, torch.set_default_dtype),
     (torch.get_default_device, torch.set_default_device),
@@ -176,18 +178,18 @@ def leave_modes(functions: int, dispatches: int) -> None:
 @contextmanager
 def kept_alive() -> Generator[None]:
     """Let no implementation end this process with a status of its own choice; processes that it forks end as ever."""
-    leave, process = os._exit, os.getpid()
+    leave, process, system = os._exit, os.getpid(), sys.modules[os.name]
 
     def refuse(status: int) -> None:
         if os.getpid() != process:
             leave(status)
         raise Misconduct(f"the implementation must not end the process, called os._exit({status})")
 
-    os._exit = refuse  # type: ignore[assignment]
+    os._exit = system._exit = refuse  # type: ignore[assignment, attr-defined]
     try:
         yield
     finally:
-        os._exit = leave
+        os._exit = system._exit = leave  # type: ignore[attr-defined]
 
 
 @functools.lru_cache(maxsize=1)

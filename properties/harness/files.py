@@ -1,6 +1,7 @@
 """Files that are there as a whole or not at all: a disk may be full."""
 
 import os
+import stat
 import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -11,8 +12,11 @@ def write(path: Path, text: str) -> None:
     """Write a file in place of the one that is there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not path.is_file():
-        # A terminal or a pipe.
-        path.write_text(text)
+        # A terminal or a pipe: one that nobody reads is an error, and not waited for.
+        descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+        os.set_blocking(descriptor, True)
+        with open(descriptor, "w") as file:
+            file.write(text)
         return
     with complete(path, text) as other:
         os.replace(other, path)
@@ -41,9 +45,20 @@ def complete(path: Path, text: str) -> Generator[str]:
         Path(name).unlink(missing_ok=True)
 
 
+def is_pipe(path: Path) -> bool:
+    """Whether a file is a pipe, whose reader takes one text alone."""
+    return path.exists() and stat.S_ISFIFO(path.stat().st_mode)
+
+
 def check(path: Path) -> None:
-    """Raise OSError where a file cannot be written."""
+    """Raise OSError where a file cannot be written; a pipe is left alone until there is something to read."""
+    if is_pipe(path):
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file():
+        # A full device says so once it is written to.
+        path.write_text("\n")
+        return
     there = path.exists()
     with path.open("a"):
         pass

@@ -4,7 +4,7 @@ import functools
 import importlib
 import os
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -76,12 +76,12 @@ def foreign(
     import titans
 
     function = load(target)
-    lacking = set(getattr(function, "lacks", ()) if lacks is None else lacks)
+    lacking = claims_of(function, "lacks") if lacks is None else set(lacks)
     if unknown := lacking - OPTIONAL:
         raise ValueError(
             f"missing claims must be among {', '.join(sorted(OPTIONAL))}, got {', '.join(sorted(unknown))}"
         )
-    more = set(getattr(function, "claims", ()) if claims is None else claims)
+    more = claims_of(function, "claims") if claims is None else set(claims)
     if unknown := more - SAME_BITS:
         raise ValueError(f"claims must be among {', '.join(sorted(SAME_BITS))}, got {', '.join(sorted(unknown))}")
     region, narrow = where(function, device, domain), has_operands_of_inputs(function, operands)
@@ -105,9 +105,19 @@ def foreign(
     )
 
 
+def claims_of(function: Callable[..., Any], name: str) -> set[str]:
+    """Return the claims in an attribute of a callable, or raise ValueError."""
+    given = getattr(function, name, ())
+    if isinstance(given, str) or not isinstance(given, Iterable) or not all(isinstance(x, str) for x in given):
+        raise ValueError(f"`{name}` of a callable must be an iterable of claims, got {given!r}")
+    return set(given)
+
+
 def where(function: Callable[..., Any], device: str, domain: str | None) -> Domain:
     """Return the domain that a callable has, or that is said instead of it; it must have the device."""
     given = getattr(function, "domain", EVERYWHERE) if domain is None else domain
+    if not isinstance(given, Domain | str):
+        raise ValueError(f"`domain` of a callable must be a Domain or its text, got {given!r}")
     region = given if isinstance(given, Domain) else Domain.parse(given)
     if region.device and device not in region.device:
         raise ValueError(f"a device must be in the domain {region}, got {device}")

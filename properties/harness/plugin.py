@@ -144,7 +144,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[LEDGER] = Ledger(config.stash[SUBJECTS].values(), config.stash[OPTIONS])
     config.pluginmanager.register(config.stash[LEDGER], "titans-ledger")
     progress.watch(config, waiting.STDERR)
-    if (path := config.getoption("--verdicts")) and not hasattr(config, "workerinput"):
+    if (path := config.getoption("--verdicts")) and not hasattr(config, "workerinput") and not files.is_pipe(path):
         config.stash[LEDGER].changed = now_and_then(functools.partial(store_so_far, config, path))
 
 

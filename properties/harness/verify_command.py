@@ -49,11 +49,12 @@ def run(options: argparse.Namespace) -> bool:
     found = replace(
         found, header={**found.header, "command": shlex.join(("python", "-m", "properties", *sys.argv[1:]))}
     )
+    # What cannot be stored is seen all the same.
+    print(found, flush=True)
     if options.json:
         found.to_json(options.json)
     if options.html:
         found.to_html(options.html)
-    print(found)
     return not found.ok
 
 

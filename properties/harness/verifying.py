@@ -292,7 +292,9 @@ def ended(command: Sequence[str], progress: bool) -> str:
 def surroundings() -> dict[str, str]:
     """Return the environment of another process that imports what this one can import."""
     folders = [os.getcwd(), *(folder for folder in sys.path if folder)]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(dict.fromkeys(folders)), "OMP_NUM_THREADS": "1"}
+    # Options of a run of pytest in which this one may be.
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
+    return inherited | {"PYTHONPATH": os.pathsep.join(dict.fromkeys(folders)), "OMP_NUM_THREADS": "1"}
 
 
 def mistake(printed: str) -> str:

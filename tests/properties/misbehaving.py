@@ -56,6 +56,36 @@ def leaves(*arguments: Any, **options: Any) -> Any:
     os._exit(3)
 
 
+def rewrites_its_report(*arguments: Any, **options: Any) -> Any:
+    """Return twice the outputs, and let pytest report that nothing was raised."""
+    made = pytest.TestReport.from_item_and_call.__func__  # type: ignore[attr-defined]
+
+    def without_an_exception(kind: Any, item: Any, call: Any) -> Any:
+        call.excinfo = None
+        return made(kind, item, call)
+
+    pytest.TestReport.from_item_and_call = classmethod(without_an_exception)  # type: ignore[method-assign, assignment]
+    o, state = titans.chunk_titans_linear(*arguments, **options)
+    return 2 * o + 1, state
+
+
+def leaves_by_the_back_door(*arguments: Any, **options: Any) -> Any:
+    """End the process at once as if all were well, by the module behind `os`."""
+    sys.modules[os.name]._exit(0)
+
+
+def stops_the_clock(*arguments: Any, **options: Any) -> Any:
+    """Let no time pass."""
+    time.monotonic = lambda: 0.0
+    return titans.chunk_titans_linear(*arguments, **options)
+
+
+def loads_the_dice(*arguments: Any, **options: Any) -> Any:
+    """Let every draw be the same."""
+    random.random = lambda: 0.5
+    return titans.chunk_titans_linear(*arguments, **options)
+
+
 def rejects(*arguments: Any, **options: Any) -> Any:
     """Have Hypothesis draw another example."""
     hypothesis.assume(False)
@@ -186,6 +216,8 @@ def hangs(*arguments: Any, **options: Any) -> Any:
             continue
 
 
+rewrites_its_report.state = titans.TitansState  # type: ignore[attr-defined]
+stops_the_clock.state = loads_the_dice.state = titans.TitansState  # type: ignore[attr-defined]
 shows_halves.state = stays_in_a_mode.state = titans.TitansState  # type: ignore[attr-defined]
 skips_backward.state = hides.state = compiles.state = patches.state = settles_in.state = titans.TitansState  # type: ignore[attr-defined]
 

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,15 @@ def fail(error: Exception) -> None:
     raise error
 
 
-@pytest.mark.parametrize("given", ["nowhere.json", "pyproject.toml", '{"lengths":7}', '{"D":"x"}', '{"colour":1}', "{"])
+WRONG_TYPES = (
+    '{"C":2.5}', '{"lengths":[true]}', '{"splits":["1"]}', '{"packed":"yes"}', '{"log_gates":"false"}',
+    '{"eps":"nan"}', '{"eps":-1}', '{"seed":null}', '{"C":1e400}',
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "given", ["nowhere.json", "pyproject.toml", '{"lengths":7}', '{"D":"x"}', '{"colour":1}', "{", *WRONG_TYPES]
+)
 def test_a_problem_that_cannot_be_read_is_refused(given: str) -> None:
     with pytest.raises(ValueError, match="--replay must be a problem as JSON, or a file of one"):
         command_line.read_problem(given)
@@ -74,6 +83,32 @@ def test_a_file_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
             command_line.check_files(Options(verdicts=path))  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="--junitxml must name a file that can be written"):
             command_line.check_files(Options(xmlpath=str(path)))  # type: ignore[arg-type]
+
+
+def test_a_full_device_is_refused() -> None:
+    for options in (Options(verdicts=Path("/dev/full")), Options(xmlpath="/dev/full")):
+        with pytest.raises(ValueError, match=r"must name a file that can be written: .*No space left"):
+            command_line.check_files(options)  # type: ignore[arg-type]
+
+
+def test_a_pipe_gets_the_verdicts_once_and_is_not_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    command_line.check_files(Options(verdicts=path, xmlpath=str(path)))  # type: ignore[arg-type]
+    with pytest.raises(OSError, match="No such device or address"):
+        files.write(path, "nobody reads")
+    text = "x" * 10**6
+    with (tmp_path / "read").open("w") as read, subprocess.Popen(["cat", path], stdout=read) as reader:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                files.write(path, text)
+                break
+            except OSError:
+                # The reader has not opened it yet.
+                assert time.monotonic() < deadline
+        assert reader.wait(60) == 0
+    assert (tmp_path / "read").read_text() == text
 
 
 def test_verdicts_of_an_earlier_run_do_not_stay(tmp_path: Path) -> None:

@@ -39,6 +39,9 @@ def check(subject: str, law: str = VALUES, recorder: Recorder | None = None) -> 
         ("skips", VALUES, "Skipped: it is not my day"),
         ("exits", VALUES, "SystemExit: 0"),
         ("leaves", VALUES, r"must not end the process, called os._exit\(0\)"),
+        ("leaves_by_the_back_door", VALUES, r"must not end the process, called os._exit\(0\)"),
+        ("stops_the_clock", VALUES, "must not replace time.monotonic"),
+        ("loads_the_dice", VALUES, "must not replace random.random"),
         ("rejects", VALUES, "UnsatisfiedAssumption"),
         ("is_unsettled", VALUES, "Unsettled: who knows"),
         ("is_outside", VALUES, "OutsideDomain: not here"),
@@ -195,7 +198,7 @@ def test_a_module_is_no_instance_of_itself() -> None:
         foreign("tests.properties.misbehaving:Module", "cpu")
 
 
-@pytest.mark.parametrize("subject", ["exits", "skips", "hangs"])
+@pytest.mark.parametrize("subject", ["exits", "skips", "hangs", "rewrites_its_report"])
 def test_a_run_of_an_implementation_that_evades_it_fails(subject: str) -> None:
     law, target = f"properties/test_oracle.py::{VALUES}", f"tests.properties.misbehaving:{subject}"
     run = ("--impl", target, "--replay", PROBLEM.to_json(), "--example-timeout", "1")

@@ -134,3 +134,12 @@ def test_the_adapter_in_the_readme_passes(tmp_path: Path) -> None:
     test = "properties/test_oracle.py::test_values_are_the_oracles"
     output = run_suite(test, "--impl", "my_adapter:memory", PYTHONPATH=str(tmp_path))
     assert "1 passed" in output
+
+
+@pytest.mark.parametrize(("name", "value"), [("lacks", 5), ("lacks", "resume"), ("claims", [1]), ("domain", 64)])
+def test_an_attribute_that_declares_nothing_is_refused(
+    name: str, value: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(titans.titans_linear, name, value, raising=False)
+    with pytest.raises(ValueError, match=f"`{name}` of a callable must be"):
+        foreign("titans:titans_linear", "cpu")

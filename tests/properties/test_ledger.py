@@ -52,6 +52,10 @@ def ledger_of(*reports: pytest.TestReport) -> Ledger:
         ([made("rerun", "setup"), made("passed")], "error"),
         ([made("passed"), made("failed")], "fail"),
         ([made("postponed")], "fail"),
+        # So has one whose law was broken, whatever pytest was made to report.
+        ([made("passed", about=ABOUT | {"failing_call": 1})], "fail"),
+        ([made("skipped", about=ABOUT | {"failing_call": 2})], "fail"),
+        ([made("passed", about=ABOUT | {"message": "ValueError: it is wrong"})], "fail"),
     ],
 )
 def test_the_worst_report_of_a_test_is_its_verdict(reports: list[pytest.TestReport], wanted: str) -> None:

@@ -1,5 +1,6 @@
 """Does `verify` say of an implementation what the suite says, in a form that programs can read?"""
 
+import errno
 import functools
 import json
 import math
@@ -18,7 +19,7 @@ import pytest
 import titans
 from properties import Report, verify
 from properties.__main__ import main
-from properties.harness import command_line, corpus, headers, report
+from properties.harness import command_line, corpus, files, headers, report, verify_command, verifying
 from properties.harness.columns import columns
 from properties.harness.facts import Facts, Verdict
 from properties.harness.implementations import BACKENDS
@@ -305,6 +306,27 @@ def test_a_mistake_in_the_command_is_one_line(
     assert (status, output) == (2, "")
     assert re.fullmatch(r"python -m properties( verify)?: .*\n", errors)
     assert said in errors
+
+
+@pytest.mark.parametrize("option", ["--json", "--html"])
+def test_results_that_cannot_be_stored_are_shown(
+    option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def full(path: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(verify_command, "thoroughly", lambda options: Report((PASSED,), HEADER))
+    monkeypatch.setattr(files, "write", full)
+    monkeypatch.setattr(sys, "argv", ["properties", "verify", "chunk", option, str(tmp_path / "x")])
+    assert main() == 3
+    printed = capsys.readouterr()
+    assert "titans: m:f" in printed.out
+    assert "the results could not be stored: [Errno 28] No space left on device" in printed.err
+
+
+def test_options_of_a_run_of_pytest_around_it_are_no_options_of_verify(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-k nothing")
+    assert "PYTEST_ADDOPTS" not in verifying.surroundings()
 
 
 def test_the_function_returns_the_report() -> None:
