@@ -192,6 +192,20 @@ def kept_alive() -> Generator[None]:
         os._exit = system._exit = leave  # type: ignore[attr-defined]
 
 
+def ending_badly() -> Callable[[], None]:
+    """Let nobody end this process as if all were well, as a thread may that outlives its call; return the undoing."""
+    leave, process, system = os._exit, os.getpid(), sys.modules[os.name]
+
+    def end(status: int) -> None:
+        leave(status or 1 if os.getpid() == process else status)
+
+    def undo() -> None:
+        os._exit = system._exit = leave  # type: ignore[attr-defined]
+
+    os._exit = system._exit = end  # type: ignore[assignment, attr-defined]
+    return undo
+
+
 @functools.lru_cache(maxsize=1)
 def lent(modules: int) -> list[Any]:
     """Return the modules and classes that a verdict is made with; `modules` is how many there are of all kinds."""

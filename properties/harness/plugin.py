@@ -106,6 +106,8 @@ def pytest_configure(config: pytest.Config) -> None:
         # Of the dear laws, which come first, no worker has many.
         config.option.maxschedchunk = 1
     config.add_cleanup(containment.heed_interrupts())
+    if not hasattr(config, "workerinput"):
+        config.add_cleanup(containment.ending_badly())
     # Nothing is captured yet.
     waiting.STDERR = os.dup(2)
     if config.getoption("--device") == "cpu":

@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -72,6 +73,19 @@ def rewrites_its_report(*arguments: Any, **options: Any) -> Any:
 def leaves_by_the_back_door(*arguments: Any, **options: Any) -> Any:
     """End the process at once as if all were well, by the module behind `os`."""
     sys.modules[os.name]._exit(0)
+
+
+def leaves_later(*arguments: Any, **options: Any) -> Any:
+    """End the process as if all were well, in a thread that outlives the call."""
+
+    def leave() -> None:
+        # Until the call is over.
+        while sys.modules[os.name]._exit.__qualname__.startswith("kept_alive"):
+            time.sleep(0.01)
+        sys.modules[os.name]._exit(0)
+
+    threading.Thread(target=leave, daemon=True).start()
+    return titans.chunk_titans_linear(*arguments, **options)
 
 
 def stops_the_clock(*arguments: Any, **options: Any) -> Any:
@@ -217,7 +231,7 @@ def hangs(*arguments: Any, **options: Any) -> Any:
 
 
 rewrites_its_report.state = titans.TitansState  # type: ignore[attr-defined]
-stops_the_clock.state = loads_the_dice.state = titans.TitansState  # type: ignore[attr-defined]
+leaves_later.state = stops_the_clock.state = loads_the_dice.state = titans.TitansState  # type: ignore[attr-defined]
 shows_halves.state = stays_in_a_mode.state = titans.TitansState  # type: ignore[attr-defined]
 skips_backward.state = hides.state = compiles.state = patches.state = settles_in.state = titans.TitansState  # type: ignore[attr-defined]
 

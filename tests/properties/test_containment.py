@@ -207,6 +207,11 @@ def test_a_run_of_an_implementation_that_evades_it_fails(subject: str) -> None:
     assert re.search(r"replay: pytest 'properties/\S+' --impl \S+ --example-timeout 1\.0 --replay", output)
 
 
+def test_a_thread_that_outlives_its_call_ends_no_run_as_if_all_were_well() -> None:
+    law, target = f"properties/test_oracle.py::{VALUES}", "tests.properties.misbehaving:leaves_later"
+    run_suite(law, "--impl", target, "--hypothesis-profile=smoke", fails=1)
+
+
 def test_calls_of_several_threads_are_contained_together() -> None:
     leave, interval = os._exit, sys.getswitchinterval()
     meeting = threading.Barrier(2)
