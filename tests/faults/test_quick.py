@@ -52,7 +52,7 @@ def said(code: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("backend", ["recurrent", "chunk", "log"])
+@pytest.mark.parametrize("backend", ["recurrent", "chunk", "log", "triton"])
 def test_the_op_without_a_fault_obeys_its_laws_with_every_stored_problem(backend: str) -> None:
     broken = f"""
 pairs = quick.known({backend!r}, json.loads(corpus.KILLERS.read_text()))
