@@ -102,7 +102,7 @@ def test_every_chunk_is_right_from_the_oracles_own_state(implementation: Impleme
     problems=problems(
         memories=("plain",), dtypes=("float32", "float64"), D=(1, 2), C=(16, 64, 1), heads=1, sequences=1,
         packed=False, wild=False, k="unit 0", **CONTRACTING,
-    ).map(lambda problem: replace(problem, lengths=(2048 - problem.seed % 3,) * 2)),
+    ).map(lambda problem: replace(problem, lengths=(2048 - problem.seed % 3,) * 2, offsets=problem.offsets * 2)),
     needs=["plain"],
     share=0.02,
     about=is_long,
