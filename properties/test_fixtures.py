@@ -31,8 +31,13 @@ ALWAYS = ("test_values_are_the_oracles", "test_gradients_are_the_oracles")
 
 @pytest.mark.parametrize("fixture", FILES, ids=lambda path: path.stem)
 def test_fixture(fixture: Path, implementation: Implementation, recorder: Recorder) -> None:
-    fields = json.loads(fixture.read_text())
-    problem = Problem.from_json(json.dumps(fields["problem"]))
-    for name in dict.fromkeys((*ALWAYS, *fields["laws"])):
+    problem, laws = read(fixture)
+    for name in laws:
         if PROPERTIES[name].needs <= implementation.claims:
             PROPERTIES[name].check(implementation, problem, recorder)
+
+
+def read(fixture: Path) -> tuple[Problem, tuple[str, ...]]:
+    """Return the problem of a fixture, and the laws that are asked about it."""
+    fields = json.loads(fixture.read_text())
+    return Problem.from_json(json.dumps(fields["problem"])), tuple(dict.fromkeys((*ALWAYS, *fields["laws"])))

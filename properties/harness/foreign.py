@@ -16,6 +16,7 @@ from properties.harness.containment import undisturbed
 from properties.harness.implementations import CLAIMS, SAME_BITS, Implementation, chosen, whole_chunks
 from properties.harness.running import LawBroken, pair
 from properties.problems.domain import EVERYWHERE, Domain
+from properties.problems.shapes import FEW
 
 # Claims, each with those that it needs.
 IMPLIED = {
@@ -114,14 +115,17 @@ def claims_of(function: Callable[..., Any], name: str) -> set[str]:
 
 
 def where(function: Callable[..., Any], device: str, domain: str | None) -> Domain:
-    """Return the domain that a callable has, or that is said instead of it; it must have the device."""
+    """Return the domain that a callable has, or that is said instead of it; it must have the device.
+
+    On a GPU it gets few shapes, since it may compile a kernel for each.
+    """
     given = getattr(function, "domain", EVERYWHERE) if domain is None else domain
     if not isinstance(given, Domain | str):
         raise ValueError(f"`domain` of a callable must be a Domain or its text, got {given!r}")
     region = given if isinstance(given, Domain) else Domain.parse(given)
     if region.device and device not in region.device:
         raise ValueError(f"a device must be in the domain {region}, got {device}")
-    return region
+    return replace(region, few_shapes=FEW) if device == "cuda" else region
 
 
 def has_operands_of_inputs(function: Callable[..., Any], operands: str | None) -> bool:

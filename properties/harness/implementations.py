@@ -10,6 +10,7 @@ import torch
 from oracle import Inputs, bounds
 from properties.harness.workarounds import patch_once, sum_in_order
 from properties.problems.domain import EVERYWHERE, Domain, OutsideDomain
+from properties.problems.shapes import FEW
 
 BACKENDS = ("recurrent", "chunk", "log", "triton")
 DEFAULT = "recurrent,chunk,log,triton"
@@ -155,7 +156,7 @@ def implementation(backend: str, device: str) -> Implementation:
         device=device,
         arithmetic=functools.partial(arithmetic, backend, device),
         share=share_of(backend, device),
-        domain=Domain(few_shapes=(backend, device) == ("triton", "cuda")),
+        domain=Domain(few_shapes=FEW if (backend, device) == ("triton", "cuda") else None),
         grid=grids.get(backend, whole_chunks),
         **(carries if backend == "triton" else {}),
     )

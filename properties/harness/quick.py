@@ -24,8 +24,8 @@ from properties.harness.worker import Answer, Ready, serve
 # Seconds before the end in which nothing runs any more, and results are written; a busy machine needs more, as it did
 # for the start.
 RESERVE, OF_THE_START = 1.5, 0.7
-# The share of the time that an example may take.
-PATIENCE = 0.25
+# The share of the time that an example may take; on a GPU it may have to wait for its kernels.
+PATIENCE = {"cpu": 0.25, "cuda": 0.5}
 CONTEXT = multiprocessing.get_context("fork")
 
 
@@ -87,7 +87,7 @@ class Quick:
         self.subject, self.select, self.size, self.seed = subject, select, workers, seed
         self.prepare, self.first_failure, self.progress = prepare, first_failure, progress or Progress()
         self.end = end - max(RESERVE, OF_THE_START * (time.monotonic() - begin))
-        self.patience = PATIENCE * (end - begin)
+        self.patience = PATIENCE[subject.device] * (end - begin)
         self.numbers, self.processes = itertools.count(), list[Process]()
         self.schedule: Schedule | None = None
         self.interrupted = False
@@ -111,7 +111,7 @@ class Quick:
                 self.progress.end()
         early = "was interrupted" if self.interrupted else "ended with its first failure"
         ending = early if self.interrupted or (self.first_failure and self.schedule.broken) else "ended with its time"
-        return self.schedule.verdicts(f"the run {ending} before this law was judged")
+        return self.schedule.verdicts(f"not reached: the run {ending}")
 
     @property
     def devices(self) -> str:
@@ -202,7 +202,7 @@ class Quick:
 
     def give(self, process: Process, schedule: Schedule) -> None:
         """Hand out the next task; end a process for which there is none."""
-        process.task, process.begin = schedule.next(), time.monotonic()
+        process.task, process.begin = schedule.next(process.number), time.monotonic()
         if process.task:
             process.connection.send(process.task)
         else:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from properties.harness import corpus
 from properties.harness.corpus import RATCHET, Row, Task
 from properties.harness.facts import Facts, Recorder, Verdict
+from properties.harness.kernels import Kernels
 from properties.harness.laws import PROPERTIES
 from properties.harness.merging import together
 from properties.harness.subjects import Subject
@@ -104,9 +105,11 @@ class Schedule:
         self.rows = {name: row for name, row in corpus.rows().items() if select in row.test(ready.name)}
         self.of = {name: row for name, row in self.rows.items() if PROPERTIES[name].needs <= ready.claims}
         known = corpus.known(ready.name, subject.device, ready.claims, corpus.killers(subject.target))
-        self.known = [task for task in reversed(known) if select in task.row.test(ready.name)]
-        rows = dict.fromkeys((*self.of.values(), *(task.row for task in reversed(self.known))))
+        self.known = [task for task in known if select in task.row.test(ready.name)]
+        rows = dict.fromkeys((*self.of.values(), *(task.row for task in self.known)))
         self.standing = {row: Standing() for row in rows}
+        self.kernels = Kernels(ready) if subject.device == "cuda" else None
+        self.compiled, self.compiling = 0, 0.0
 
     @property
     def left(self) -> float:
@@ -125,15 +128,39 @@ class Schedule:
         """How many rows went wrong."""
         return sum(now.failed or bool(now.trouble) for now in self.standing.values())
 
-    def next(self) -> Task | None:
-        """Return the next task: what is known, then a smaller problem for a failure, then fresh ones."""
-        while self.known and not self.standing[self.known[-1].row].open:
-            self.known.pop()
+    def next(self, process: int = 0) -> Task | None:
+        """Return the next task of a process: what is known, then a smaller problem for a failure, then fresh ones."""
         task = self.shrink() if self.first_failure else None
-        task = task or (self.known.pop() if self.known else self.shrink() or self.fresh())
+        task = task or self.stored(process) or self.shrink() or self.fresh()
         if task:
             self.standing[task.row].waiting += 1
         return task
+
+    def stored(self, process: int) -> Task | None:
+        """Return the first task of what is known; on a GPU the first of those that cost least and say most."""
+        self.known = [task for task in self.known if self.standing[task.row].open]
+        if not self.known:
+            return None
+        task = min(self.known, key=lambda task: self.cost(task, process)) if self.kernels else self.known[0]
+        self.known.remove(task)
+        if self.kernels:
+            self.kernels.begin(task, process)
+        return task
+
+    def cost(self, task: Task, process: int) -> tuple[int, int]:
+        """Return how late a task comes on a GPU.
+
+        First come laws without an example, small problems before large ones, where the kernels are there; then a shape
+        that no process has begun, since two processes would compile the same kernels.
+        """
+        assert self.kernels
+        now, ready = self.standing[task.row], self.kernels.ready(task, process)
+        unseen = not (now.waiting or now.total("compared"))
+        if self.kernels.begun(task) and not ready:
+            return 4, 0
+        if ready and unseen:
+            return 0, self.kernels.size(task)
+        return (1 if unseen else 2 if ready else 3), 0
 
     def shrink(self) -> Task | None:
         """Return the search for a smaller problem, where one is due."""
@@ -168,10 +195,13 @@ class Schedule:
         now.trouble, now.outside = now.trouble or answer.trouble, now.outside or answer.outside
         now.slow |= answer.slow
         now.waiting -= 1
+        self.compiled, self.compiling = self.compiled + answer.kernels, self.compiling + answer.compiling
+        if self.kernels:
+            self.kernels.end(task)
         if task.shrink:
             self.shrinking += answer.seconds
         else:
-            now.seconds += answer.seconds
+            now.seconds += answer.seconds - answer.compiling
 
     def mourn(self, task: Task, why: str) -> None:
         """Note that a process died of a task."""
@@ -196,6 +226,17 @@ class Schedule:
         return lines * interrupted + [
             f"titans: quick: {sum(seen.values())} examples of {len(seen)} laws; {len(fewer)} laws without a failure "
             "have had fewer than in a full run",
+            *self.compilation(),
+        ]
+
+    def compilation(self) -> list[str]:
+        """Return how much of the time went into compiling."""
+        if not self.compiled:
+            return []
+        spent = sum(now.seconds for now in self.standing.values()) + self.shrinking + self.compiling
+        return [
+            f"titans: quick: {self.compiled} kernels compiled in {self.compiling / spent:.0%} of the processes' time: "
+            "a longer --budget has more examples"
         ]
 
     def standing_of(self, row: Row, why: str) -> Verdict:

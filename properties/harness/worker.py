@@ -17,6 +17,7 @@ from hypothesis import Phase, given, settings
 
 from properties import test_fixtures, test_ratchet
 from properties.harness import command_line, crash_isolation, ratchet, waiting
+from properties.harness.compiling import Compiling
 from properties.harness.corpus import FIXTURES, Row, Task
 from properties.harness.draws import COMMON
 from properties.harness.facts import Facts, Recorder
@@ -24,8 +25,8 @@ from properties.harness.implementations import Implementation, devices
 from properties.harness.laws import PROPERTIES, REFUSALS, Property
 from properties.harness.subjects import Subject
 from properties.harness.waiting import Hanging
-from properties.problems.domain import EVERYWHERE
 from properties.problems.problem import Problem
+from properties.problems.shapes import FEWEST
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class Answer:
         Why the law cannot be stated inside the implementation's domain, as far as this process knows.
     seconds : float
         How long the task took.
+    kernels, compiling : int, float
+        How many kernels were compiled meanwhile, and for how long.
     """
 
     facts: Facts
@@ -62,6 +65,8 @@ class Answer:
     lost: bool = False
     outside: str = ""
     seconds: float = 0.0
+    kernels: int = 0
+    compiling: float = 0.0
 
 
 class TimeIsUp(BaseException):
@@ -102,12 +107,20 @@ def serve(
     except ValueError as error:
         connection.send(str(error))
         return
-    x = implementation
+    x = with_fewest_shapes(implementation)
     connection.send(Ready(x.name, x.claims, str(x.domain), devices()))
-    judge = Judge(implementation, subject, patience)
+    judge = Judge(x, subject, patience)
+    if subject.device == "cuda":
+        judge.compiling.watch()
     with contextlib.suppress(EOFError):
         while True:
             connection.send(judge.answer(connection.recv()))
+
+
+def with_fewest_shapes(implementation: Implementation) -> Implementation:
+    """Return an implementation whose problems have the fewest shapes, where they have few of them at all."""
+    domain = implementation.domain
+    return replace(implementation, domain=replace(domain, few_shapes=FEWEST)) if domain.few_shapes else implementation
 
 
 def quietly() -> None:
@@ -134,10 +147,12 @@ class Judge:
         self.implementation, self.subject, self.patience = implementation, subject, patience
         self.recorders: dict[Row, Recorder] = {}
         self.refused: dict[Row, int] = {}
+        self.compiling = Compiling()
 
     def answer(self, task: Task) -> Answer:
         """Do a task."""
         begin, recorder = time.monotonic(), self.recorder(task.row)
+        kernels, compiling = self.compiling.kernels, self.compiling.seconds
         before, trouble, slow, lost = recorder.facts, "", False, False
         with warnings.catch_warnings():
             quietly()
@@ -150,7 +165,10 @@ class Judge:
                 lost = crash_isolation.is_fatal(error)
                 if not recorder.facts.failing_call:
                     trouble = f"{type(error).__name__}: {error}"
-        return Answer(recorder.facts, trouble, slow, lost, recorder.unclaimed, time.monotonic() - begin)
+        return Answer(
+            recorder.facts, trouble, slow, lost, recorder.unclaimed, time.monotonic() - begin,
+            self.compiling.kernels - kernels, self.compiling.seconds - compiling,
+        )  # fmt: skip
 
     def recorder(self, row: Row) -> Recorder:
         """Return the recorder of a row."""
@@ -162,7 +180,10 @@ class Judge:
     def check(self, task: Task, recorder: Recorder) -> None:
         """Check what a task says, or raise an error."""
         if task.row.fixture:
-            test_fixtures.test_fixture(FIXTURES / f"{task.row.fixture}.json", self.implementation, recorder)
+            problem, laws = test_fixtures.read(FIXTURES / f"{task.row.fixture}.json")
+            shapes = self.implementation.domain.few_shapes
+            for law in (PROPERTIES[name] for name in laws if PROPERTIES[name].needs <= self.implementation.claims):
+                law.check(self.implementation, shapes.nearest(problem) if shapes else problem, recorder)
         elif task.case:
             stored = ratchet.read()[ratchet.subject(self.implementation.name, self.implementation.device)]
             test_ratchet.replay_a_case(self.implementation, task.case, stored[task.case], recorder)
@@ -174,7 +195,7 @@ class Judge:
                 self.pose(task.row, problem, recorder)
             # The plainest problem may exercise nothing.
             if task.count and not recorder.facts.compared:
-                for problem in fresh(PROPERTIES[task.row.law], task.seed + 1, 20):
+                for problem in fresh(PROPERTIES[task.row.law], task.seed + 1, REFUSALS):
                     if not recorder.facts.compared:
                         self.pose(task.row, problem, recorder)
 
@@ -184,7 +205,7 @@ class Judge:
         posed = law.posed(self.implementation, problem)
         found = law.check(self.implementation, posed, recorder) if posed else []
         self.refused[row] = self.refused.get(row, 0) + (not found)
-        nowhere = self.refused[row] >= REFUSALS and self.implementation.domain != EVERYWHERE
+        nowhere = self.refused[row] >= REFUSALS and str(self.implementation.domain)
         if nowhere and not recorder.facts.compared and not recorder.unclaimed:
             recorder.outside(f"no problem inside {self.implementation.domain} exercises it")
 

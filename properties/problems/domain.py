@@ -8,7 +8,7 @@ from typing import Any
 
 from oracle import Inputs
 from properties.problems.problem import DTYPES, HALF, Problem
-from properties.problems.shapes import with_few_shapes
+from properties.problems.shapes import Shapes
 
 UNLIMITED = 2**62
 RULE = re.compile(r"([DCTHN])(=|<=|>=|%)([\d,]+|C=0|\d+=0)|(dtype|memory|device)=([\w,]+)")
@@ -86,8 +86,8 @@ class Domain:
         Head width, chunk length, tokens of each sequence, heads, sequences.
     dtype, memory, device : tuple of str
         Of q, k and v; plain or normalised; cpu or cuda. None named: any.
-    few_shapes : bool
-        Whether the nearest problem has one of few shapes, as a kernel is compiled for each; every shape is inside.
+    few_shapes : Shapes or None
+        The nearest problem has one of these, as a kernel is compiled for each; every shape is inside.
     """
 
     D: Sizes = ANY
@@ -98,7 +98,7 @@ class Domain:
     dtype: tuple[str, ...] = ()
     memory: tuple[str, ...] = ()
     device: tuple[str, ...] = ()
-    few_shapes: bool = False
+    few_shapes: Shapes | None = None
 
     @classmethod
     def parse(cls, text: str) -> "Domain":
@@ -165,7 +165,7 @@ class Domain:
         about the same time. A problem that would cost too much has fewer sequences, heads or chunks. Where every tensor
         is given by its values no size changes, and the problem may remain outside.
         """
-        problem = with_few_shapes(problem) if self.few_shapes else problem
+        problem = self.few_shapes.nearest(problem) if self.few_shapes else problem
         if self.holds(problem):
             return problem
         if self.dtype and problem.dtype not in self.dtype:

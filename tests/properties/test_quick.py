@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from argparse import Namespace
 from dataclasses import replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -22,6 +23,7 @@ import torch
 
 from properties import verify
 from properties.harness import corpus, progress, schedule, waiting
+from properties.harness.compiling import Compiling
 from properties.harness.corpus import RATCHET, Row, Task
 from properties.harness.facts import Facts
 from properties.harness.implementations import CLAIMS, implementation
@@ -71,6 +73,81 @@ def test_what_is_known_comes_first_and_every_law_comes_once() -> None:
     assert later is not None
     assert (later.problem, later.case, later.row.fixture) == (None, "", "")
     assert later.count > 1
+
+
+def on_a_gpu(*lacking: str, domain: str = "") -> Schedule:
+    """What a quick run is going to do with a kernel on a GPU."""
+    ready = Ready("m:f", CLAIMS - set(lacking), domain, "a GPU")
+    return Schedule(Subject("m:f", device="cuda"), ready, seed=0, end=time.monotonic() + 60)
+
+
+def test_processes_begin_with_different_shapes_on_a_gpu_so_that_none_is_compiled_twice() -> None:
+    plan = on_a_gpu()
+    assert plan.kernels
+    first = [task for process in range(8) if (task := plan.next(process))]
+    shapes = [plan.kernels.shape(task) for task in first]
+    assert len({*shapes}) == 8
+    # The process goes on with its shape, and with laws that have no example, until others may have its kernels.
+    for _ in range(3):
+        more = plan.next(3)
+        assert more
+        assert plan.kernels.shape(more) == shapes[3]
+        assert more.row not in [task.row for task in first]
+        first.append(more)
+    other = plan.next(8)
+    assert other
+    assert plan.kernels.shape(other) not in shapes
+    plan.note(3, first[3], passed())
+    ready = plan.next(9)
+    assert ready
+    assert plan.kernels.shape(ready) == shapes[3]
+
+
+def test_every_law_has_an_example_on_a_gpu_before_any_has_two() -> None:
+    plan = on_a_gpu(domain="D=64 C=64 dtype=bfloat16 memory=normalised")
+    first: dict[Task, Row] = {}
+    while len(first) < len(plan.standing):
+        task = plan.next()
+        assert task
+        assert task.row not in first.values()
+        first[task] = task.row
+        plan.note(0, task, passed())
+    assert plan.kernels
+    # Once there are kernels, laws with small problems come first.
+    begin, *others = first
+    sizes = [plan.kernels.size(task) for task in others if plan.kernels.shape(task) == plan.kernels.shape(begin)]
+    assert len(sizes) > len(first) / 2
+    assert sizes == sorted(sizes)
+    assert {plan.kernels.shape(task)[0] for task in plan.known} == {"bfloat16"}
+
+
+def test_the_time_of_compilers_is_said_and_is_not_taken_for_that_of_an_example() -> None:
+    plan = scheduled(select=f"{VALUES}[")
+    row = plan.of[VALUES]
+    plan.note(0, Task(row, count=1), replace(passed(2, seconds=10.0), kernels=7, compiling=9.0))
+    assert plan.standing[row].pace == 0.5
+    assert plan.said(interrupted=False)[-1] == (
+        "titans: quick: 7 kernels compiled in 90% of the processes' time: a longer --budget has more examples"
+    )
+
+
+def test_kernels_that_are_compiled_are_counted_and_those_of_the_cache_are_not() -> None:
+    counted = Compiling()
+    for hit in (False, True, False):
+        counted.note(src=None, metadata={}, metadata_group={}, times=Namespace(total=1_500_000), cache_hit=hit)
+    assert (counted.kernels, counted.seconds) == (2, 3.0)
+    judge = Judge(implementation("chunk", "cpu"), Subject("chunk"), patience=30)
+    judge.compiling = counted
+    answer = judge.answer(Task(row(VALUES), count=1))
+    assert (answer.kernels, answer.compiling) == (0, 0.0)
+
+
+def test_triton_tells_of_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    knobs = pytest.importorskip("triton").knobs.compilation
+    monkeypatch.setattr(knobs, "listener", None)
+    counted = Compiling()
+    counted.watch()
+    assert knobs.listener == counted.note
 
 
 def test_an_implementation_without_a_history_has_the_worst_cases_of_a_backend_as_problems() -> None:

@@ -6,12 +6,17 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.strategies import SearchStrategy
 
+from properties.harness import corpus
+from properties.harness.foreign import foreign
 from properties.harness.implementations import implementation
+from properties.harness.laws import PROPERTIES
 from properties.problems.problem import Problem
 from properties.problems.real_sizes import real_problems
-from properties.problems.shapes import CHUNKS, FREE, WIDTHS, with_few_shapes
+from properties.problems.shapes import FEW, FEWEST, Shapes
 from properties.problems.strategies import explicit, problems
 from properties.test_real_sizes import is_within_chunks
+
+corpus.import_laws()
 
 DRAWS = 150
 
@@ -32,46 +37,62 @@ def drawn(strategy: SearchStrategy[Problem]) -> list[Problem]:
 
 
 @pytest.mark.parametrize("strategy", [problems(), real_problems(D=128, C=256), real_problems(C=200, chunks=3)])
-def test_shapes_are_few_and_no_larger(strategy: SearchStrategy[Problem]) -> None:
+@pytest.mark.parametrize("shapes", [FEW, FEWEST], ids=["few", "fewest"])
+def test_shapes_are_few_and_no_larger(strategy: SearchStrategy[Problem], shapes: Shapes) -> None:
     for problem in (problem for problem in drawn(strategy) if problem.dtype != "float64"):
-        few = with_few_shapes(problem)
-        assert with_few_shapes(few) == few
-        assert few.D <= max(problem.D, 2)
+        few, widths = shapes.nearest(problem), shapes.widths[problem.dtype, problem.memory]
+        assert shapes.nearest(few) == few
+        assert few.D <= max(problem.D, widths[0])
         assert few.C <= problem.C
         assert all(new <= old for new, old in zip(few.lengths, problem.lengths, strict=True))
-        assert few.C <= FREE or few.C in CHUNKS[few.memory]
-        assert few.D in WIDTHS[few.dtype, few.memory]
+        assert few.C <= shapes.free or few.C in shapes.chunks[few.memory]
+        assert few.D in widths
         # The rest is as it was drawn.
         same = {name: getattr(problem, name) for name in ("D", "C", "lengths", "offsets")}
         assert replace(few, **same) == problem
 
 
-def test_every_width_and_chunk_length_is_reached() -> None:
-    for (dtype, memory), widths in WIDTHS.items():
+@pytest.mark.parametrize("shapes", [FEW, FEWEST], ids=["few", "fewest"])
+def test_every_width_and_chunk_length_is_reached(shapes: Shapes) -> None:
+    for (dtype, memory), widths in shapes.widths.items():
         problem = Problem(dtype=dtype, memory=memory, gate_dtype="float32")
-        assert {with_few_shapes(replace(problem, D=D)).D for D in range(1, 129)} == {*widths}
-        chunks = {with_few_shapes(replace(problem, C=C)).C for C in range(1, 257)}
-        assert chunks == {*range(1, FREE + 1), *CHUNKS[memory]}
+        assert {shapes.nearest(replace(problem, D=D)).D for D in range(1, 129)} == {*widths}
+        chunks = {shapes.nearest(replace(problem, C=C)).C for C in range(1, 257)}
+        assert chunks == {*range(1, shapes.free + 1), *shapes.chunks[memory]}
 
 
 def test_a_problem_within_a_chunk_stays_within_it() -> None:
     subject = implementation("chunk", "cpu")
     inside = [problem for problem in drawn(real_problems(D=128, C=256)) if is_within_chunks(subject, problem)]
-    shorter = [few for problem in inside if (few := with_few_shapes(problem)).C < problem.C]
+    shorter = [few for problem in inside if (few := FEW.nearest(problem)).C < problem.C]
     assert len(shorter) > DRAWS / 10
     assert all(is_within_chunks(subject, few) for few in shorter)
     assert sum(few.tokens > 0 for few in shorter) > len(shorter) / 2
 
 
 def test_numbers_that_are_given_one_by_one_keep_their_sizes() -> None:
-    assert all(with_few_shapes(problem) == problem for problem in drawn(explicit()))
+    assert all(FEW.nearest(problem) == problem for problem in drawn(explicit()))
 
 
 def test_kernels_that_a_gpu_compiles_get_few_shapes_and_no_others_do() -> None:
     odd = Problem(lengths=(9,), D=6, C=200)
-    for backend, device, few in (("triton", "cuda", True), ("triton", "cpu", False), ("chunk", "cuda", False)):
-        domain = implementation(backend, device).domain
-        assert domain.nearest(odd) == (with_few_shapes(odd) if few else odd)
+    own, others = implementation, lambda name, device: foreign(f"titans:{name}", device)
+    for load, name, device, few in (
+        (own, "triton", "cuda", True),
+        (own, "triton", "cpu", False),
+        (own, "chunk", "cuda", False),
+        (others, "chunk_titans_linear", "cuda", True),
+        (others, "chunk_titans_linear", "cpu", False),
+    ):
+        domain = load(name, device).domain
+        assert domain.nearest(odd) == (FEW.nearest(odd) if few else odd)
         # Every problem is inside: a stored one is replayed as it is.
         assert not domain.objection(odd.inputs())
         assert not str(domain)
+
+
+def test_every_law_has_problems_of_the_fewest_shapes() -> None:
+    subject = implementation("chunk", "cpu")
+    subject = replace(subject, domain=replace(subject.domain, few_shapes=FEWEST))
+    for law in PROPERTIES.values():
+        assert any(law.posed(subject, problem) for problem in drawn(law.problems)[:40]), law.name
