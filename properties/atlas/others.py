@@ -96,7 +96,7 @@ def times(number: int, measured: Measured, what: str, rows: Sequence[Mapping[str
     return Picture(
         name=f"times-{number}-{what}",
         title=title,
-        caption="Medians of one run; scales are logarithmic.",
+        caption="Medians of one run, as called from Python; scales are logarithmic.",
         alt=f"{title} over the number of tokens. {words}.",
         spec=spec,
         abouts=[measured.about],
