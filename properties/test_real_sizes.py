@@ -239,8 +239,9 @@ def compare_with_the_definition(implementation: Implementation, problem: Problem
     costs_more = arithmetic.log_space or arithmetic.operand > 0 or arithmetic.unit > FLOAT32.unit
     found: Found = []
     for name in (name for name in exactly if name in ours):
-        x = exactly[name]
-        once = FLOAT32.unit * sizes_of_heads(name, x)
+        x, format_ = exactly[name], torch.finfo(ours[name].dtype)
+        # Half an ulp of the result's own format: a domain may have no other than half precision.
+        once = format_.eps / 2 * sizes_of_heads(name, x).clamp(min=format_.smallest_normal)
         allowed = 2 * sizes_of_heads(name, its[name] - x) + once
         # 0 / 0 is no failure.
         ratio = (sizes_of_heads(name, ours[name] - x) / allowed).nan_to_num(nan=0, posinf=math.inf)

@@ -1,5 +1,6 @@
 """The laws of real sizes see faults that small problems do not show, around a correct backend."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -113,6 +114,20 @@ def test_errors_three_times_those_of_the_definition_are_noticed() -> None:
     law.check(replace(CHUNK, call=off(1)), problem)
     with pytest.raises(LawBroken, match="o is less accurate than the definition"):
         law.check(replace(CHUNK, call=off(3)), problem)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_results_of_half_precision_may_be_rounded_once(dtype: str) -> None:
+    chosen = {"theta": "uniform -3", "alpha": "uniform -3", "eta": "uniform 0", "q": "unit 0", "state": "random -2"}
+    problem = Problem(lengths=(8,), H=32, D=4, C=4, initial="M", dtype=dtype, **chosen)  # type: ignore[arg-type]
+    assert laws.compare_with_the_definition(CHUNK, problem)
+
+    def rounds_the_memory(call: Call, *arguments: Any, **options: Any) -> Any:
+        *tensors, eps, C, state, wanted = arguments
+        return call(*tensors, eps, C, state.to(DTYPES[dtype]).float(), wanted, **options)
+
+    with pytest.raises(LawBroken, match="32 of 32"):
+        laws.compare_with_the_definition(replace(CHUNK, call=functools.partial(rounds_the_memory, CHUNK.call)), problem)
 
 
 @pytest.mark.parametrize("memory", ["plain", "normalised"])
