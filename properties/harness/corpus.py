@@ -55,8 +55,8 @@ class Task:
         The stored worst case, by "law dtype".
     seed, count : int
         Of the fresh problems: how they are drawn, and how many. Seed 0 gives the plainest problem alone.
-    shrink : bool
-        Whether to look for the smallest problem that fails.
+    shrink : int
+        Whether to look for the smallest problem that fails, and how many times as long as at first; 0: no.
     """
 
     row: Row
@@ -64,7 +64,7 @@ class Task:
     case: str = ""
     seed: int = 0
     count: int = 0
-    shrink: bool = False
+    shrink: int = 0
 
 
 RATCHET = Row("test_ratchet", "test_ratchet", sections=("4.4",))

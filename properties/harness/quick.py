@@ -110,7 +110,8 @@ class Quick:
                     process.end()
                 self.progress.end()
         early = "was interrupted" if self.interrupted else "ended with its first failure"
-        ending = early if self.interrupted or (self.first_failure and self.schedule.broken) else "ended with its time"
+        late = "ended with its time; a longer --budget reaches more"
+        ending = early if self.interrupted or (self.first_failure and self.schedule.broken) else late
         return self.schedule.verdicts(f"not reached: the run {ending}")
 
     @property

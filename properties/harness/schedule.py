@@ -18,7 +18,7 @@ BATCH, MOST = 0.4, 20
 SMALL = 4
 # The examples of a law with share 1 in a full run: the profile `dev`.
 FULL = 50
-# The share of the time that may go into looking for smaller problems.
+# The share of the time that may go into looking for smaller problems, while there is something else to do.
 SHRINKING = 0.5
 
 
@@ -38,8 +38,10 @@ class Standing:
         The time that its tasks have taken.
     drawn : int
         How many times fresh problems were drawn.
-    slow, shrunk : bool
-        Whether an example did not end in time; whether a smaller problem that fails was looked for.
+    slow : bool
+        Whether an example did not end in time.
+    search : int
+        How many times as long as the first the next search for a smaller problem that fails may take; 0: none is due.
     """
 
     facts: dict[int, Facts] = field(default_factory=dict)
@@ -49,7 +51,7 @@ class Standing:
     seconds: float = 0.0
     drawn: int = 0
     slow: bool = False
-    shrunk: bool = False
+    search: int = 1
 
     def total(self, name: str) -> int:
         """Return a count of all processes."""
@@ -130,8 +132,9 @@ class Schedule:
 
     def next(self, process: int = 0) -> Task | None:
         """Return the next task of a process: what is known, then a smaller problem for a failure, then fresh ones."""
-        task = self.shrink() if self.first_failure else None
-        task = task or self.stored(process) or self.shrink() or self.fresh()
+        due = self.shrinking <= SHRINKING * (time.monotonic() - self.begin)
+        task = self.shrink() if due and self.first_failure else None
+        task = task or self.stored(process) or (self.shrink() if due else None) or self.fresh() or self.shrink()
         if task:
             self.standing[task.row].waiting += 1
         return task
@@ -163,19 +166,17 @@ class Schedule:
         return (1 if unseen else 2 if ready else 3), 0
 
     def shrink(self) -> Task | None:
-        """Return the search for a smaller problem, where one is due."""
-        if self.shrinking > SHRINKING * (time.monotonic() - self.begin):
-            return None
+        """Return the search for a smaller problem, where there is a failure that needs one."""
         for row in self.to_shrink():
             if not self.standing[row].waiting:
-                self.standing[row].shrunk = True
-                return Task(row, shrink=True)
+                longer, self.standing[row].search = self.standing[row].search, 0
+                return Task(row, shrink=longer)
         return None
 
     def to_shrink(self) -> list[Row]:
         """Return the laws that failed with a problem which may be larger than it must be."""
         standing = ((row, self.standing[row]) for row in self.of.values())
-        return [row for row, now in standing if now.failed and now.large and not now.shrunk]
+        return [row for row, now in standing if now.failed and now.search and (now.large or now.search > 1)]
 
     def fresh(self) -> Task | None:
         """Return fresh problems of the law that has had the smallest part of its share, if one still fits in."""
@@ -200,6 +201,8 @@ class Schedule:
             self.kernels.end(task)
         if task.shrink:
             self.shrinking += answer.seconds
+            # It begins anew: on a busy machine it may need more time.
+            now.search = 2 * task.shrink if answer.unfinished and not self.first_failure else 0
         else:
             now.seconds += answer.seconds - answer.compiling
 

@@ -1,6 +1,7 @@
 """A process that checks the tasks of a quick run, one by one, and says after each of them what it has found."""
 
 import contextlib
+import math
 import os
 import signal
 import time
@@ -49,8 +50,9 @@ class Answer:
         Of all tasks of the row that this process has had.
     trouble : str
         Why the row has no result.
-    slow, lost : bool
-        Whether an example did not end in the time that it has in a quick run; whether the process has lost its GPU.
+    slow, lost, unfinished : bool
+        Whether an example did not end in the time that it has in a quick run; whether the process has lost its GPU;
+        whether the search for a smaller problem ended with its time.
     outside : str
         Why the law cannot be stated inside the implementation's domain, as far as this process knows.
     seconds : float
@@ -67,6 +69,7 @@ class Answer:
     seconds: float = 0.0
     kernels: int = 0
     compiling: float = 0.0
+    unfinished: bool = False
 
 
 class TimeIsUp(BaseException):
@@ -168,6 +171,7 @@ class Judge:
         return Answer(
             recorder.facts, trouble, slow, lost, recorder.unclaimed, time.monotonic() - begin,
             self.compiling.kernels - kernels, self.compiling.seconds - compiling,
+            time.monotonic() - begin > self.time_of(task),
         )  # fmt: skip
 
     def recorder(self, row: Row) -> Recorder:
@@ -188,7 +192,7 @@ class Judge:
             stored = ratchet.read()[ratchet.subject(self.implementation.name, self.implementation.device)]
             test_ratchet.replay_a_case(self.implementation, task.case, stored[task.case], recorder)
         elif task.shrink:
-            self.shrink(PROPERTIES[task.row.law], recorder)
+            self.shrink(PROPERTIES[task.row.law], recorder, time.monotonic() + self.time_of(task))
         else:
             drawn = [task.problem] if task.problem else fresh(PROPERTIES[task.row.law], task.seed, task.count)
             for problem in drawn:
@@ -209,9 +213,13 @@ class Judge:
         if nowhere and not recorder.facts.compared and not recorder.unclaimed:
             recorder.outside(f"no problem inside {self.implementation.domain} exercises it")
 
-    def shrink(self, law: Property, recorder: Recorder) -> None:
-        """Look for a smaller problem that breaks a law, for a third of the time that an example may take."""
-        facts, until = recorder.facts, time.monotonic() + self.patience / 3
+    def time_of(self, task: Task) -> float:
+        """Return the seconds of a search for a smaller problem: at first a third of those that an example may take."""
+        return task.shrink * self.patience / 3 if task.shrink else math.inf
+
+    def shrink(self, law: Property, recorder: Recorder, until: float) -> None:
+        """Look for a smaller problem that breaks a law, until a time by `time.monotonic`."""
+        facts = recorder.facts
         found = [facts, *failing(law, self.implementation, recorder, until)]
         smallest = min(found, key=lambda x: size(x.failing_problem))
         names = ("failing_problem", "message", "replay")

@@ -191,7 +191,7 @@ def test_each_answer_has_its_verdict_and_ends_its_law(answer: Answer, verdict: s
     assert row.verdict == verdict
     assert said in row.message
     # A failure may become smaller; nothing else comes of this law.
-    assert plan.next() == (Task(plan.of[VALUES], shrink=True) if verdict == "fail" else None)
+    assert plan.next() == (Task(plan.of[VALUES], shrink=1) if verdict == "fail" else None)
     assert plan.broken == (verdict == "fail" or "TypeError" in said)
 
 
@@ -206,7 +206,7 @@ def test_the_first_failure_decides_when_it_is_as_small_as_it_will_be() -> None:
     assert plan.known
     plan.first_failure = True
     smaller = plan.next()
-    assert smaller == Task(task.row, shrink=True)
+    assert smaller == Task(task.row, shrink=1)
     assert not plan.decided
     plan.note(0, smaller, Answer(FAILED))
     assert plan.decided
@@ -215,6 +215,23 @@ def test_the_first_failure_decides_when_it_is_as_small_as_it_will_be() -> None:
     plan.standing[other].waiting = 1
     plan.note(0, Task(other, count=1), Answer(FAILED))
     assert plan.decided
+
+
+def test_a_search_for_a_smaller_problem_that_ended_with_its_time_is_repeated_and_takes_longer() -> None:
+    plan = scheduled(select=f"{VALUES}[")
+    plan.known.clear()
+    task = plan.of[VALUES]
+    plan.standing[task].waiting = 1
+    plan.note(0, Task(task, count=1), Answer(FAILED))
+    for longer in (1, 2, 4):
+        assert plan.next() == Task(task, shrink=longer)
+        assert plan.next() is None
+        plan.note(0, Task(task, shrink=longer), Answer(FAILED, unfinished=longer < 4, seconds=10.0 * longer))
+    assert plan.next() is None
+    one, large = judge(wrong.Half()), Problem(lengths=(6,), H=2, D=3, C=4, memory="normalised")
+    one.answer(Task(row(VALUES), large))
+    one.patience = 0.0
+    assert one.answer(Task(row(VALUES), shrink=1)).unfinished
 
 
 def test_a_process_that_dies_is_mourned() -> None:
@@ -264,7 +281,7 @@ def test_a_failure_is_found_made_smaller_and_can_be_seen_again() -> None:
     one, large = judge(wrong.Half()), Problem(lengths=(6,), H=2, D=3, C=4, memory="normalised")
     answer = one.answer(Task(row(VALUES), large))
     assert Problem.from_json(answer.facts.failing_problem) == large
-    smaller = one.answer(Task(row(VALUES), shrink=True)).facts
+    smaller = one.answer(Task(row(VALUES), shrink=1)).facts
     problem = Problem.from_json(smaller.failing_problem)
     assert problem.tokens * problem.H * problem.D == 1
     assert (
