@@ -11,6 +11,7 @@ from properties.harness.laws import PROPERTIES
 from properties.harness.merging import together
 from properties.harness.subjects import Subject
 from properties.harness.worker import Answer, Ready, size
+from properties.problems.problem import Problem
 
 # The seconds that some fresh problems should take together, and how many they are at most.
 BATCH, MOST = 0.4, 20
@@ -75,9 +76,9 @@ class Standing:
 
     @property
     def large(self) -> bool:
-        """Whether the problem that fails may be larger than it must be."""
+        """Whether the problem that fails may be larger than it must be, or has numbers that may be simpler."""
         problems = [facts.failing_problem for facts in self.facts.values() if facts.failing_call]
-        return any(size(problem)[0] > SMALL for problem in problems)
+        return any(size(problem)[0] > SMALL or Problem.from_json(problem).explicit for problem in problems)
 
 
 class Schedule:
@@ -247,7 +248,9 @@ class Schedule:
         if row not in self.standing:
             return self.unclaimed(row, tuple(sorted(PROPERTIES[row.law].needs - self.ready.claims)))
         now = self.standing[row]
-        found = together([self.verdict(row, facts) for facts in now.facts.values() or [Facts()]], replayed=())
+        # Of several processes that saw it fail, the one with the smallest problem comes first.
+        parts = sorted(now.facts.values() or [Facts()], key=lambda x: size(x.failing_problem) if x.failing_call else ())
+        found = together([self.verdict(row, facts) for facts in parts], replayed=())
         if now.failed:
             return replace(found, verdict="fail")
         if now.trouble or not (now.total("compared") or (row.fixture and now.facts)):

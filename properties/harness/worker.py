@@ -221,9 +221,11 @@ class Judge:
         """Look for a smaller problem that breaks a law, until a time by `time.monotonic`."""
         facts = recorder.facts
         found = [facts, *failing(law, self.implementation, recorder, until)]
-        smallest = min(found, key=lambda x: size(x.failing_problem))
+        # It may be another process that found the failure.
+        smallest = min(found, key=lambda x: size(x.failing_problem) if x.failing_problem else (math.inf, 0))
         names = ("failing_problem", "message", "replay")
-        recorder.facts = replace(facts, **{name: getattr(smallest, name) for name in names})
+        first = facts.failing_call or smallest.failing_call
+        recorder.facts = replace(facts, failing_call=first, **{name: getattr(smallest, name) for name in names})
 
 
 def failing(law: Property, implementation: Implementation, recorder: Recorder, until: float) -> list[Facts]:

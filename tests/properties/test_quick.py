@@ -234,6 +234,19 @@ def test_a_search_for_a_smaller_problem_that_ended_with_its_time_is_repeated_and
     assert one.answer(Task(row(VALUES), shrink=1)).unfinished
 
 
+def test_the_smallest_problem_that_any_process_found_is_shown() -> None:
+    plan = scheduled(select=f"{VALUES}[")
+    for process, tokens in enumerate((9, 1, 3)):
+        found = replace(FAILED, failing_problem=Problem(lengths=(tokens,)).to_json())
+        plan.note(process, Task(plan.of[VALUES], count=1), Answer(found))
+    (verdict,) = plan.verdicts("the time was up")
+    assert verdict.failing_problem == Problem(lengths=(1,)).to_json()
+    # A process that has not seen the failure may be the one that looks for a smaller problem.
+    facts = judge(wrong.Half()).answer(Task(row(VALUES), shrink=1)).facts
+    assert facts.failing_call
+    assert Problem.from_json(facts.failing_problem).tokens == 1
+
+
 def test_a_process_that_dies_is_mourned() -> None:
     plan = scheduled(select=f"{VALUES}[")
     plan.mourn(Task(plan.of[VALUES], count=1), "ended by SIGSEGV")
