@@ -17,6 +17,8 @@ from titans.validation import check_bounds, check_integer, check_offsets, name_o
 
 # the widest heads that the kernels take
 LARGEST = 128
+# chunks of so many tokens need no `shortened`
+LONG = 4096
 
 
 def slack(call: Call, chunks: int = 1) -> int:
@@ -120,6 +122,23 @@ def layout_of(call: Call, BC: int) -> Layout:
     C = call.chunk_size
     NB, PER = -(-C // BC), chunks_per_block(C, BC)
     return Layout(NB * max_pieces(call, PER), BC, step_rows(C, BC), NB, PER)
+
+
+def shortened(call: Call, BC: int) -> Call:
+    """Return a call with the same blocks of BC tokens and the same results, whose chunks are hardly longer than it is.
+
+    Buffers have a slot for every block of a chunk, also where a sequence of a few tokens is a part of a chunk of
+    millions. A call depends on where its tokens lie in their blocks, and on where a chunk ends among them.
+    """
+    C, T, offset = call.chunk_size, call.q.shape[1], call.offset
+    # more than T tokens behind any offset in the first block, so that no chunk ends that did not
+    short = (T // BC + 2) * BC + C % BC
+    if C <= LONG or C <= short:
+        return call
+    if offset is not None:
+        offset = offset.long().clamp(0, C - 1)
+        offset = torch.where(C - offset <= T, short - (C - offset), offset % BC)
+    return call._replace(chunk_size=short, offset=offset)
 
 
 def owners(call: Call, cu_seqlens: Tensor, layout: Layout) -> Tensor:

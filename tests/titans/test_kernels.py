@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from oracle.bounds import kernel_arithmetic
-from properties.harness.comparing import check
+from properties.harness.comparing import check, same_bits
 from properties.harness.implementations import implementation
+from properties.harness.running import run
 from properties.problems.problem import Problem
 from tests.poison import poisoned_memory
-from titans import chunk_titans_linear
+from titans import chunk_titans_linear, partition
 from titans.kernels import tile
 from titans.partition import chunks_per_block
 
@@ -51,6 +52,35 @@ def test_the_kernels_are_within_the_bound_of_the_oracle_whatever_memory_held(pro
     with poisoned_memory():
         found = check(implementation("triton", DEVICE), replace(problem, dtype=dtype))
     assert not any(one.ill_conditioned for one in found), "the bound is too wide to say anything"
+
+
+@pytest.mark.parametrize("lengths", [(7, 13), (13, 13)])
+@pytest.mark.parametrize("offsets", [(), (149, 137), (143, 138), (33, 64)])
+def test_chunks_that_reach_far_beyond_a_call_are_shortened(
+    lengths: tuple[int, ...], offsets: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the same bits, wherever in its chunk a sequence begins, and whether the chunk ends in it."""
+    packed, initial = lengths[0] != lengths[1], "full" if offsets else "M"
+    problem = replace(NORMALISED, lengths=lengths, packed=packed, D=3, C=150, initial=initial, offsets=offsets, seed=16)
+    results = []
+    for long in (150, 149):
+        monkeypatch.setattr(partition, "LONG", long)
+        results.append(run(implementation("triton", DEVICE), problem.inputs(), problem.cotangents()))
+    assert same_bits(*results)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_chunk_of_any_length_takes_no_more_memory_than_its_tokens(grad: bool) -> None:
+    q = torch.ones(1, 20, 1, 2, device=DEVICE, requires_grad=grad)
+    gates = [torch.full((1, 20, 1), x, device=DEVICE) for x in (0.1, 0.1, 0.5)]
+    M = torch.ones(1, 1, 2, 2, device=DEVICE)
+    results = []
+    for C in (10**9, 64):
+        o, state = chunk_titans_linear(q, q, q, None, None, *gates, 1e-6, C, M, True, backend="triton")
+        results.append([o, *state[:3], *(torch.autograd.grad(o.sum(), q) if grad else ())])
+        # the same chunk goes on
+        results[-1].append(chunk_titans_linear(q, q, q, None, None, *gates, 1e-6, C, state, backend="triton")[0])
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("D", [1, 64, 65, 128])

@@ -34,7 +34,7 @@ from titans.kernels.tile import (
     tile_of,
     where_of,
 )
-from titans.partition import LARGEST, Layout, layout_of, step_rows
+from titans.partition import LARGEST, Layout, layout_of, shortened, step_rows
 
 # inside a block of 64 tokens, offsets are 32 bits wide
 WIDEST = 2**31 // 64
@@ -261,6 +261,7 @@ def hopper_forward(plan: Plan, saved: Saved | None) -> tuple[Tensor, ...]:
 
 def forward(call: Call, recorded: bool = True) -> tuple[Tensor, ...]:
     """The op: o, the final M, S and anchor, and if `recorded`, for the backward, M0 and S0 of every block, x and r."""
+    call = shortened(call, block_rows(call.q))
     plan = plan_of(call)
     if plan.blocks == 0:
         return torch.empty_like(call.q), call.M.clone(), call.S.clone(), call.anchor.clone(), *room_for_saved(plan)[:4]
@@ -405,6 +406,7 @@ def backward(
     call: Call, M0: Tensor, S0: Tensor, x: Tensor, r: Tensor, do: Tensor, dM: Tensor, dS: Tensor, danchor: Tensor
 ) -> tuple[Tensor | None, ...]:
     """Cotangents of q, k, v, w, b, theta, alpha, eta and of the initial M, S and anchor."""
+    call = shortened(call, block_rows(call.q))
     plan = plan_of(call, M0, S0, x, r, do, dM, dS, danchor)
     (_, H, D, _), K = call.M.shape, plan.layout.slots
     if K * H == 0:

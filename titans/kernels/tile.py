@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from titans.arguments import Call
-from titans.partition import Layout, layout_of, owners
+from titans.partition import Layout, layout_of, owners, shortened
 from titans.partition import block_rows as block_rows_of
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -140,7 +140,8 @@ def block_rows(q: Tensor) -> int:
 
 def max_slots(call: Call) -> int:
     """Number of slots, known without looking at `cu_seqlens` and `offset`."""
-    return layout_of(call, block_rows(call.q)).slots
+    BC = block_rows(call.q)
+    return layout_of(shortened(call, BC), BC).slots
 
 
 def where_of(call: Call, layout: Layout) -> Where:
