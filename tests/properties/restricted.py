@@ -1,10 +1,10 @@
 """`chunk_titans_linear`, as others have it: for some sizes alone, and with operands of half precision."""
 
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -58,20 +58,32 @@ class HalfOperands(TorchFunctionMode):
         return function(*arguments, **options or {})
 
 
+rounded = threading.local()
+
+
+def rounding(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Round the operands of the products of a function in the threads that ask for it."""
+
+    def run(*arguments: Any, **options: Any) -> Any:
+        dtype = getattr(rounded, "dtype", None)
+        with HalfOperands(dtype) if dtype else nullcontext():
+            return function(*arguments, **options)
+
+    return run
+
+
+# other threads may be in a call of their own
+autograd.chunk = SimpleNamespace(forward=rounding(chunk.forward), backward=rounding(chunk.backward))  # type: ignore
+
+
 @contextmanager
 def half_operands_inside(dtype: torch.dtype) -> Iterator[None]:
-    """Let both directions of backend `chunk` round the operands of their products."""
-
-    def rounding(function: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*arguments: Any, **options: Any) -> Any:
-            with HalfOperands(dtype):
-                return function(*arguments, **options)
-
-        return run
-
-    narrow = SimpleNamespace(forward=rounding(chunk.forward), backward=rounding(chunk.backward))
-    with patch.object(autograd, "chunk", narrow):
+    """Let both directions of backend `chunk` round the operands of their products in this thread."""
+    rounded.dtype = dtype
+    try:
         yield
+    finally:
+        rounded.dtype = None
 
 
 class Narrow(torch.autograd.Function):
