@@ -90,8 +90,8 @@ def chunk_titans_linear(
         q, k, v, w, b, theta, alpha, eta, eps, chunk_size, initial_state, output_final_state, cu_seqlens, log_gates,
         backend,
     )  # fmt: skip
-    o, state = run(call, backend)
-    return o, state if output_final_state else None
+    o, M, S, anchor = run(call, backend)
+    return o, TitansState(M, S, anchor, final_offset(call), call.chunk_size) if output_final_state else None
 
 
 def checked_call(
@@ -117,10 +117,9 @@ def checked_call(
     return Call(q, k, v, w, b, theta, alpha, eta, M, S, anchor, offset, cu_seqlens, eps, chunk_size, log_gates)
 
 
-def run(call: Call, backend: Backend | None) -> tuple[Tensor, TitansState]:
-    """Run a checked call: o, and the final state."""
-    o, M, S, anchor = _run(call, chosen(call, backend, "log" if call.log_gates else "chunk"))
-    return o, TitansState(M, S, anchor, final_offset(call), call.chunk_size)
+def run(call: Call, backend: Backend | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Run a checked call: o, and the final M, S and anchor."""
+    return _run(call, chosen(call, backend, "log" if call.log_gates else "chunk"))
 
 
 def decode_token(call: Call, state: DecodeState, backend: Backend | None) -> Tensor:

@@ -58,7 +58,7 @@ def _define(
     fake: Callable[..., Any],
     vmap: Callable[..., Any] | None = None,
 ) -> Any:
-    """Register an operator, and return it; without a rule for `vmap`, what is mapped over becomes heads."""
+    """Register an operator, and return it; without a rule for `vmap`, mapped axes become heads."""
     new = not hasattr(_operators, name)
     if new:
         _library.define(f"{name}({arguments}) -> ({results})")

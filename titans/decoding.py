@@ -206,7 +206,7 @@ def storage(dtype: torch.dtype) -> torch.dtype:
 
 
 def check_not_recorded(argument: str, inputs: Iterable[Tensor | None]) -> None:
-    """A DecodeState has no derivative: `inputs`, its fields and what it is used with, must not be recorded."""
+    """A DecodeState has no derivative: `inputs`, its fields and the arguments beside it, must not be recorded."""
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
         raise ValueError(f"`{argument}` must be a TitansState where gradients are recorded, got a DecodeState")
 

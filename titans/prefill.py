@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from titans.api import InitialState, checked_call, decode_token, run
-from titans.arguments import Call
+from titans.arguments import Call, TitansState
 from titans.backend import Backend
 from titans.decoding import DecodeState
-from titans.partition import block_rows, chunks_per_block
+from titans.partition import block_rows, chunks_per_block, final_offset
 from titans.validation import has_values
 
 TOKENS, STATE = ("q", "k", "v", "theta", "alpha", "eta"), ("M", "S", "anchor", "offset")
@@ -83,8 +83,11 @@ def _part(call: Call, names: Iterable[str], rows: Any) -> Call:
 def _read(call: Call, offset: int, backend: Backend | None) -> tuple[Tensor, DecodeState]:
     """Read prompts that begin at an offset: whole blocks at once, and token by token from there."""
     n = _whole(offset, call.q, call.chunk_size)
-    o, reached = run(_part(call, TOKENS, (slice(None), slice(n))), backend)
-    state, outputs = DecodeState.begin(reached, call.q.dtype), [o]
+    whole = _part(call, TOKENS, (slice(None), slice(n)))
+    o, M, S, anchor = run(whole, backend)
+    reached = TitansState(M, S, anchor, final_offset(whole), call.chunk_size)
+    state = DecodeState.begin(reached, call.q.dtype)
+    outputs = [o]
     for t in range(n, call.q.shape[1]):
         outputs.append(decode_token(_part(call, TOKENS, (slice(None), slice(t, t + 1))), state, backend))
     return torch.cat(outputs, 1), state

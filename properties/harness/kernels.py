@@ -47,7 +47,7 @@ class Kernels:
         return (problem.dtype, problem.memory, problem.D, problem.C) if problem else (task.case, "", 0, 0)
 
     def size(self, task: Task) -> int:
-        """Return what the problem of a task costs the oracle."""
+        """Return the cost of a task's problem to the oracle."""
         problem = self.problem(task)
         return cells(problem) if problem else 0
 

@@ -98,7 +98,7 @@ class Ledger:
         if row is None:
             return
         if outcome in ("pass", "not claimed") and (row.failing_call or row.message):
-            # The law was broken, whatever has become of the exception since.
+            # The law was broken, even if its exception did not arrive.
             outcome = "fail"
             row = replace(row, verdict=outcome)
         if outcome in ("fail", "error"):

@@ -132,7 +132,7 @@ class Schedule:
         return sum(now.failed or bool(now.trouble) for now in self.standing.values())
 
     def next(self, process: int = 0) -> Task | None:
-        """Return the next task of a process: what is known, then a smaller problem for a failure, then fresh ones."""
+        """Return the next task of a process: a known problem, then a smaller one for a failure, then fresh ones."""
         due = self.shrinking <= SHRINKING * (time.monotonic() - self.begin)
         task = self.shrink() if due and self.first_failure else None
         task = task or self.stored(process) or (self.shrink() if due else None) or self.fresh() or self.shrink()
@@ -141,7 +141,7 @@ class Schedule:
         return task
 
     def stored(self, process: int) -> Task | None:
-        """Return the first task of what is known; on a GPU the first of those that cost least and say most."""
+        """Return the first task with a known problem; on a GPU the first of those that cost least and say most."""
         self.known = [task for task in self.known if self.standing[task.row].open]
         if not self.known:
             return None

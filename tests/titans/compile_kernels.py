@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -82,14 +83,14 @@ def call_of(dtype: torch.dtype, C: int) -> Call:
     return Call(q, k, v, w, b, theta, alpha, eta, M, S, anchor, None, None, 1e-6, C, False)
 
 
-def resources(cubin: bytes) -> dict[str, int]:
-    """Bytes of local memory of each thread: spills and arrays alike."""
+def resources(cubin: bytes, names: Iterable[str] = ("STACK", "LOCAL")) -> dict[str, int]:
+    """Resources of each thread: bytes of local memory, spills and arrays alike, or registers (REG)."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
         printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {name: int(re.search(rf"{name}:(\d+)", printed)[1]) for name in ("STACK", "LOCAL")}
+    return {name: int(re.search(rf"{name}:(\d+)", printed)[1]) for name in names}
 
 
 def facts(kernel: Any) -> dict[str, Any]:

@@ -420,7 +420,7 @@ def test_a_replayed_graph_decodes_with_the_eager_bits() -> None:
     assert same([*state], [*eager])
 
 
-# what is claimed; wide heads in bfloat16 only for the chunks that have a kernel of their own on a Hopper GPU
+# the claimed widths and dtypes: wide heads in bfloat16 only for chunks that have a kernel of their own on a Hopper GPU
 DECODED = [
     *(Case(dtype, D, C, B=5, T=70, H=3) for dtype in (FP32, FP16) for D in (64, 128) for C in (16, 64, 200)),
     *(Case(BF16, 64, C, B=5, T=150, H=3) for C in (16, 200)),

@@ -102,6 +102,12 @@ def test_a_state_is_returned_on_request() -> None:
     assert chunk_titans_linear(**arguments(output_final_state=False))[1] is None
 
 
+def test_no_offset_is_computed_for_a_state_that_nobody_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU it is a launch or several, in every call of a training."""
+    monkeypatch.delattr(titans.api, "final_offset")
+    chunk_titans_linear(**arguments(output_final_state=False))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nothing_to_do_is_no_error(backend: str) -> None:
     for given in (arguments(T=0), arguments(B=0), arguments(B=1, T=0, cu_seqlens=torch.tensor([0]))):

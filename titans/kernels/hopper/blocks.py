@@ -102,7 +102,7 @@ def load_row(x_ptr, index, tile: gl.constexpr, LINE: gl.constexpr):
 
 @gluon.jit
 def store_row(x_ptr, value, index, tile: gl.constexpr, LINE: gl.constexpr):
-    """Store what `load_row` would load."""
+    """Store a vector (BD,) where `load_row` would load it."""
     offs_d = gl.arange(0, tile.BD, layout=LINE)
     gl.store(x_ptr + index * tile.D + offs_d, value, mask=offs_d < tile.D)
 

@@ -383,7 +383,7 @@ def scalar(numbers, i, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def load_coefficients(theta_ptr, alpha_ptr, eta_ptr, state, heads, t, tile: gl.constexpr):
-    """Load what the coefficients of a token are made of."""
+    """Load the gates of a token, of which its coefficients are made."""
     _, offs_j = grid_of(heads.shape[0], 64, FLAT)
     filled = offs_j < t
     weights_ptr = state.weights + gl.expand_dims(heads, 1) * 128 + offs_j

@@ -207,7 +207,7 @@ def hopper_key_vjp_kernel(
     dk_s.store(dk.to(gl.bfloat16))
     fence_async_shared()
     put_rows(dk_rows, tokens.dk, dk_s, token, block, tile, COPY)
-    # a fence waits for what a thread has stored: so these are the last
+    # a fence waits for the stores of its thread: so these are the last
     if tile.NORM:
         store_row(daffine.w, dw, block.index, tile, LINE)
         store_row(daffine.b, db, block.index, tile, LINE)
