@@ -22,7 +22,7 @@ oldest := $(OLDEST)/.ready
 export OMP_NUM_THREADS = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help properties atlas deep faults alarms test test-oldest lint format bench sanitize clean
+.PHONY: help properties atlas deep faults alarms test test-oldest test-gpu lint format bench sanitize clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,10 @@ test: $(ready) ## run the unit tests, those of the suite itself too
 
 test-oldest: $(oldest) ## run the unit tests with the oldest torch and triton that are supported
 	$(OLDEST)/bin/python -m pytest -n auto $(PYTEST_FLAGS) tests/
+
+# On a GPU machine `make test` runs the kernels in Triton's interpreter, too. Here they are compiled.
+test-gpu: $(ready) ## run the unit tests that are for a GPU, on a GPU
+	$(python) -m pytest -n 8 -m gpu $(PYTEST_FLAGS) tests/
 
 lint: $(ready) ## ruff and mypy
 	$(python) -m ruff check .

@@ -10,7 +10,7 @@ from properties.harness.implementations import Implementation
 from properties.harness.laws import law
 from properties.harness.running import STATE, Results, run
 from properties.harness.subcalls import TOKENS, chain, places, resumed, segment, spans, stepping
-from properties.problems.problem import Problem
+from properties.problems.problem import HALF, Problem
 from properties.problems.strategies import problems, split
 
 PER_TOKEN = ("o", *(f"d{name}" for name in TOKENS))
@@ -65,12 +65,16 @@ def test_splitting_into_single_tokens_changes_nothing(implementation: Implementa
     return check_chain(implementation, problem, range(1, problem.lengths[0]))
 
 
+# A step rounds at places of its own: mostly in half precision, of the memory that has more of them.
 @law(
     "5.2",
-    problems=problems(packed=False, wild=False, most=6, shortest=1, initial=("none", "full")),
+    problems=problems(
+        packed=False, wild=False, most=6, shortest=1, initial=("none", "full"),
+        memories=("normalised", "plain", "normalised"), dtypes=("float32", *HALF, "float64", *HALF),
+    ),
     needs=["step"],
-    share=0.5,
-)
+    share=1.5,
+)  # fmt: skip
 def test_decoding_step_by_step_changes_nothing(implementation: Implementation, problem: Problem) -> Found:
     T = problem.lengths[0]
     return check_chain(stepping(implementation), problem, range(1, T)) if T else []

@@ -1,15 +1,15 @@
-"""What every run needs: without a GPU Triton's interpreter, known before kernels are imported; the mark of the laws."""
+"""What every run needs: the kernels interpreted, or, with `-m gpu`, compiled; the mark of the laws."""
 
 import os
 
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 
 def pytest_configure(config: pytest.Config) -> None:
+    # One process cannot do both, so without `-m gpu` no test sees a GPU. Nothing has imported the kernels so far.
+    if config.option.markexpr != "gpu" or not torch.cuda.is_available():
+        os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
     config.addinivalue_line("markers", "law(*sections, needs): the sections of SPEC.md a property comes from")
 
 

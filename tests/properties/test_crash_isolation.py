@@ -26,7 +26,8 @@ def test_a_process_that_dies_is_said_to_have_died(tmp_path: Path) -> None:
     assert re.search(r"the fresh process ended with -11", output)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_an_assertion_on_the_device_fails_one_test(tmp_path: Path) -> None:
     target = ("--device", "cuda", "--impl", "tests.properties.dying:asserts")
     output = run_suite(*LAWS, *target, fails=1, DIES=str(tmp_path / "died"))

@@ -1,4 +1,4 @@
-"""What only a GPU can show: real sizes, large launches, graphs, streams; skipped elsewhere. `pytest -n 8 tests/ -m gpu`
+"""What only a GPU can show: real sizes, large launches, graphs, streams; skipped elsewhere. `make test-gpu`
 
 What is exact is the chunk form in float64 on the same rounded inputs. At these sizes the derived bounds promise nothing
 of the normalised memory; there the rule is section 4.3 of SPEC.md: at most twice the error of the same form in the

@@ -1,4 +1,4 @@
-"""Law 18 on a GPU at real sizes: the bits of a sequence do not depend on how it is passed. `pytest -n 8 tests/ -m gpu`
+"""Law 18 on a GPU at real sizes: the bits of a sequence do not depend on how it is passed. `make test-gpu`
 
 That a compiled call and one captured in a CUDA graph give the eager bits is tested in `test_gpu`.
 """

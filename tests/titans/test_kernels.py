@@ -20,6 +20,8 @@ from titans import chunk_titans_linear, partition
 from titans.kernels import tile
 from titans.partition import chunks_per_block
 
+# interpreted, or compiled
+pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 ZEROS = Problem((11,), H=2, D=20, C=5, theta="alternate 2^-2 0", alpha="spike 2^-4 1 2", eta="alternate 1 0")

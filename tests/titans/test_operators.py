@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.titans.test_op import BACKENDS, INTERPRETED, NAMES, Arguments, B, C, D, H, T, arguments, packed, state
+from tests.titans.test_op import BACKENDS, NAMES, Arguments, B, C, D, H, T, arguments, packed, state
 from titans import chunk_titans_linear, titans_linear_step
 from titans.arguments import Call
 from titans.autograd import chunked, chunked_backward, step, unrecorded
@@ -25,7 +25,7 @@ CALLS = {
     "no sequences": arguments(B=0, T=2),
     "none packed": arguments(B=1, T=0, cu_seqlens=torch.tensor([0])),
 }
-OPERATORS = ["chunk", "log", INTERPRETED]
+OPERATORS = ["chunk", "log", "triton"]
 
 
 def operands(given: Arguments, grad: bool = True) -> Call:
@@ -73,7 +73,7 @@ def test_the_operator_without_residuals_keeps_its_promises_to_pytorch(given: Arg
 
 
 @pytest.mark.parametrize("given", [CALLS[name] for name in ("a batch", "plain", "resumed", "no sequences")])
-@pytest.mark.parametrize("backend", [INTERPRETED])
+@pytest.mark.parametrize("backend", ["triton"])
 def test_the_step_keeps_its_promises_to_pytorch(given: Arguments, backend: str) -> None:
     torch.library.opcheck(step, tuple(decoded(given)))
 
@@ -108,7 +108,7 @@ def test_no_result_shares_memory(given: Arguments, backend: str) -> None:
         assert apart(list(grads), [*call, *residuals, *inflow])
 
 
-@pytest.mark.parametrize("backend", [INTERPRETED])
+@pytest.mark.parametrize("backend", ["triton"])
 def test_no_result_of_a_step_shares_memory(backend: str) -> None:
     for given in (CALLS["a batch"], CALLS["resumed"]):
         call = decoded(given, False)
@@ -134,7 +134,7 @@ def test_an_operator_refuses_values_that_lead_outside(call: Call, name: str, bac
         chunked_backward(*call, backend, *residuals, call.q, M, S, anchor)
 
 
-@pytest.mark.parametrize("backend", [INTERPRETED])
+@pytest.mark.parametrize("backend", ["triton"])
 def test_a_step_refuses_offsets_that_lead_outside(backend: str) -> None:
     call = decoded(CALLS["resumed"], False)._replace(offset=torch.tensor([0, C]))
     with pytest.raises(ValueError, match="`offset`"):
