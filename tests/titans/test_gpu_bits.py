@@ -154,11 +154,7 @@ def test_packed_in_a_batch_and_alone_give_the_same_gradients(case: Case) -> None
         assert torch.equal(own, x), name
 
 
-# The Hopper kernels treat a last chunk that is not full in a launch of its own.
-PORTABLE = [case for case in BACKWARD if (case.dtype, case.C) != (BF16, 64)]
-
-
-@pytest.mark.parametrize("case", PORTABLE, ids=str)
+@pytest.mark.parametrize("case", BACKWARD, ids=str)
 def test_tokens_behind_the_loss_change_no_gradient(case: Case) -> None:
     call = long(case)
     do, *rest = cotangents(call)

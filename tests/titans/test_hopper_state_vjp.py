@@ -285,7 +285,8 @@ FAULTS = {
         "    if True:\n        mbarrier",
     ),
     "columns that are not in use are not zero": (RAGGED, "    if tile.D != tile.BD:", "    if False:"),
-    "the first chunk's anchor is its memory": (WHOLE, "        if s < steps - 1:", "        if s < steps:"),
+    "the first chunk's anchor is its memory": (WHOLE, "        if (s < steps - 1)", "        if (s < steps)"),
+    "a tail's anchor is left out": (RAGGED, "(s < steps - 1) | (lowest > 0)", "s < steps - 1"),
     "the final anchor counts twice": (RAGGED, "(steps > 0) & (tail == 0)", "(steps > 0)"),
 }  # fmt: skip
 

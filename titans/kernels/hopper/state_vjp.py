@@ -11,7 +11,8 @@ masked: the rows beside them may be those of another sequence.
 
 Operands of products are rounded as in the portable kernel. Two sums are taken in another order: k^T dy is accumulated
 onto beta_L dM + dM0, and r is factored out of (12). A last chunk that is not full has a launch of its own, whose
-results the launch for the full ones before it takes for the cotangents of a final state.
+results the launch for the full ones before it takes for the cotangents of a final state. Its sums have the order that
+they have where the chunk is full, so that tokens behind the loss change no bit.
 """
 
 # Gluon takes no starred tuples, and mypy no tuple that grows
@@ -398,7 +399,7 @@ def chain_part(
 ):  # fmt: skip
     """Carry dM and dS from the last chunk to the first."""
     BD: gl.constexpr = tile.BD
-    _, _, steps = chunks_of(where, T, H, tail, tile)
+    _, lowest, steps = chunks_of(where, T, H, tail, tile)
     if tile.NORM:
         store_width(slots.wb.index(0), affine.w, gl.program_id(0) % H, tile, Y)
         store_width(slots.wb.index(1), affine.b, gl.program_id(0) % H, tile, Y)
@@ -444,7 +445,7 @@ def chain_part(
             mbarrier.arrive(flags.late.index(slot))
         put(slots.dS, dS)
         # (18): the anchor of every chunk but the first is the memory it starts from
-        if s < steps - 1:
+        if (s < steps - 1) | (lowest > 0):
             dM = finished(through_product(dM, k, dy_s, True, BD), k, dy_s, BD)
             put(slots.dM, dM)
         fence_async_shared()
@@ -453,7 +454,7 @@ def chain_part(
     dA = ()
     for _ in gl.static_range(BD // WIDTH):
         dA = dA + (gl.zeros([BD, WIDTH], gl.float32, Q),)
-    if steps > 0:
+    if (steps > 0) & (lowest == 0):
         k = slots.k.index((steps - 1) % (STAGES + 1))
         dA = finished(through_product(dA, k, dy_s, False, BD), k, dy_s, BD)
     dA = add_state(dA, dfinal.anchor, (steps == 0) | (tail > 0), Q, tile)
