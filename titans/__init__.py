@@ -5,7 +5,7 @@ from titans.arguments import TitansState
 from titans.decoding import DecodeState
 from titans.gates import check_gates
 from titans.layer import TitansLinear
-from titans.partition import grid
+from titans.partition import decodes_alike, grid
 from titans.prefill import titans_linear_prefill
 from titans.validation import check_layout
 
@@ -17,6 +17,7 @@ __all__ = [
     "check_gates",
     "check_layout",
     "chunk_titans_linear",
+    "decodes_alike",
     "grid",
     "titans_linear",
     "titans_linear_prefill",

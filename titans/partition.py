@@ -79,6 +79,17 @@ def block_rows(dtype: torch.dtype, D: int) -> int:
     return 64 if dtype == torch.bfloat16 else (32 if D <= 64 else 16)
 
 
+def check_sizes(dtype: torch.dtype, D: int, chunk_size: int) -> tuple[int, int]:
+    """The kernels must take calls of this dtype, D and C, which are returned as Python's own."""
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"`dtype` must be a torch.dtype, got {type(dtype).__name__}")
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"`dtype` must be float32, float16 or bfloat16, got {name_of(dtype)}")
+    if check_integer("D", D) > LARGEST:
+        raise ValueError(f"`D` must be at most {LARGEST}, got {D}")
+    return int(D), check_integer("chunk_size", chunk_size)
+
+
 def grid(dtype: torch.dtype, D: int, chunk_size: int) -> int:
     """Return the number of tokens at whose multiples a sequence may be cut without changing a bit.
 
@@ -106,15 +117,48 @@ def grid(dtype: torch.dtype, D: int, chunk_size: int) -> int:
     TypeError, ValueError
         If an argument breaks a rule above; the message gives the argument, the rule and the value.
     """
-    if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"`dtype` must be a torch.dtype, got {type(dtype).__name__}")
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"`dtype` must be float32, float16 or bfloat16, got {name_of(dtype)}")
-    if check_integer("D", D) > LARGEST:
-        raise ValueError(f"`D` must be at most {LARGEST}, got {D}")
-    C, BC = check_integer("chunk_size", chunk_size), block_rows(dtype, D)
+    D, C = check_sizes(dtype, D, chunk_size)
+    BC = block_rows(dtype, D)
     # every multiple must begin a block, and those of a chunk are counted from its first token
     return BC if C % BC == 0 else C * chunks_per_block(C, BC)
+
+
+def decodes_alike(dtype: torch.dtype, D: int, chunk_size: int, device: torch.device | str | int = "cuda") -> bool:
+    """Whether decoding with a `DecodeState` gives the bits of one call.
+
+    On the Triton backend a token is decoded by the operations of the chunk form, and has the bits of one call where the
+    compiler orders their sums alike: on a GPU of compute capability 9.0 (H100, H200)
+
+    - in float32 and float16 for D > 32;
+    - in bfloat16 for D = 64, for D = 16 and 32 with a `chunk_size` above 32, and for multiples of 8 from 40 to 128 with
+      `chunk_size` 64.
+
+    Elsewhere the last bits may differ.
+
+    Parameters
+    ----------
+    dtype, D, chunk_size
+        As in `grid`.
+    device : torch.device, str or int
+        Where the tokens are.
+
+    Returns
+    -------
+    bool
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `grid` does.
+    """
+    D, C = check_sizes(dtype, D, chunk_size)
+    place = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    if place.type != "cuda" or not torch.cuda.is_available() or torch.cuda.get_device_capability(place) != (9, 0):
+        return False
+    if dtype != torch.bfloat16:
+        return D > 32
+    # the last are those with a kernel of their own
+    return D == 64 or (D in (16, 32) and C > 32) or (D > 32 and D % 8 == 0 and C == 64)
 
 
 def layout_of(call: Call, BC: int) -> Layout:

@@ -44,6 +44,11 @@ def whole_chunks(dtype: torch.dtype, D: int, C: int) -> int:
     return C
 
 
+def always(dtype: torch.dtype, D: int, C: int) -> bool:
+    """Return that a step has the bits of one call for every dtype, width and chunk length."""
+    return True
+
+
 def every_token(dtype: torch.dtype, D: int, C: int) -> int:
     """Return the grid of an implementation that starts afresh with every token."""
     return 1
@@ -71,6 +76,8 @@ class Implementation:
         Where it is defined: nothing outside is ever called.
     grid : callable
         At multiples of how many tokens it resumes with the bits of one call: see `titans.grid`.
+    decodes_alike : callable
+        For which dtype, width and chunk length `step` gives the bits of one call: see `titans.decodes_alike`.
     decoding, decoded : callable
         Makes of a final state of `call`, and of the dtype of tokens, the state that `step` continues with the bits of
         one call; and of such a state a final one.
@@ -86,6 +93,7 @@ class Implementation:
     share: float = 1.0
     domain: Domain = EVERYWHERE
     grid: Grid = whole_chunks
+    decodes_alike: Callable[[torch.dtype, int, int], bool] = always
     decoding: Callable[[Any, torch.dtype], Any] = lambda state, dtype: state
     decoded: Callable[[Any], Any] = lambda state: state
 
@@ -133,11 +141,8 @@ def implementation(backend: str, device: str) -> Implementation:
         "chunk": shaped,
         # The exponential of a sum of logs is not the exact product.
         "log": shaped | {"exact"},
-        # Its interpreter takes bfloat16 for something else, and its time, and has one grid for all threads. Compiled,
-        # it decodes with the bits of one call for some widths only, which tests/titans/test_gpu.py names; and Hopper's
-        # reverse of the chain treats a last chunk that is not full in a launch of its own.
-        "triton": {"float64"}
-        | ({"decode_bits", "padding_bits"} if device == "cuda" else {"bfloat16", "large", "threads"}),
+        # Its interpreter takes bfloat16 for something else, and its time, and has one grid for all threads.
+        "triton": {"float64"} | (set() if device == "cuda" else {"bfloat16", "large", "threads"}),
     }
     # A state of the definition is enough for the definition.
     carries: dict[str, Any] = {"decoding": titans.DecodeState.begin, "decoded": functools.partial(_settled, backend)}
@@ -158,6 +163,8 @@ def implementation(backend: str, device: str) -> Implementation:
         share=share_of(backend, device),
         domain=Domain(few_shapes=FEW if (backend, device) == ("triton", "cuda") else None),
         grid=grids.get(backend, whole_chunks),
+        # Compiled, it orders some sums of a token otherwise.
+        decodes_alike=titans.decodes_alike if (backend, device) == ("triton", "cuda") else always,
         **(carries if backend == "triton" else {}),
     )
 

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -17,6 +18,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 
 from oracle.precision import exact
+from properties.harness import implementations
 from properties.harness.comparing import Comparison, Found, distances, nearest
 from properties.harness.facts import Recorder
 from properties.harness.implementations import Implementation
@@ -286,3 +288,17 @@ def test_the_verdict_on_a_failure_has_all_there_is_to_say(tmp_path: Path) -> Non
     assert isinstance(failed["error"], float)  # not "inf"
     assert failed["message"].startswith("LawBroken: ")
     assert failed["failing_problem"] in failed["replay"]
+
+
+def test_decoding_is_judged_where_the_bits_are_claimed_alone() -> None:
+    subject = implementations.implementation("recurrent", "cpu")
+    law, problem = PROPERTIES["test_decoding_gives_the_bits_of_one_call"], Problem(lengths=(3,), D=2, C=4)
+    asked: list[tuple[object, int, int]] = []
+
+    def nowhere(dtype: torch.dtype, D: int, C: int) -> bool:
+        asked.append((dtype, D, C))
+        return False
+
+    assert law.check(subject, problem)
+    assert not law.check(replace(subject, decodes_alike=nowhere), problem)
+    assert asked == [(torch.float32, 2, 4)]

@@ -98,8 +98,7 @@ def record(capability: int) -> dict[str, int]:
 def allocated(bytes_: dict[str, int], capability: int, dtype: torch.dtype, D: int, C: int) -> dict[str, Any]:
     """Bytes of every kernel of one size, and what is said about them."""
     bytes_.clear()
-    compile_kernels.D = D
-    call = compile_kernels.call_of(dtype, C)
+    call = compile_kernels.call_of(dtype, C, D)
     o, M, S, anchor, *residuals = chunked(*call, "triton")
     chunked_backward(*call, "triton", *residuals, o, M, S, anchor)
     needs = needs_of(call.q, step_rows(C, launch.block_rows(call.q)))

@@ -1,6 +1,7 @@
 """Compile every kernel of a call for sm_90, on a machine without a GPU, and print as JSON what became of it.
 
-    python -m tests.titans.compile_kernels float32 highest 64    # dtype, precision of float32 products, chunk length
+    python -m tests.titans.compile_kernels float32 highest 64       # dtype, precision of float32 products, chunk length
+    python -m tests.titans.compile_kernels float32 highest 64 128   # of heads so wide, the forward and decoding alone
 
 The launches are those of a real forward, backward, step and decoded token, intercepted: so are their specialisations,
 sizes and warps.
@@ -44,8 +45,8 @@ class NoGPU:
         return 0
 
 
-def compiled(call: Call) -> list[Any]:
-    """Compile what a forward, a backward and steps would launch."""
+def compiled(call: Call, everything: bool) -> list[Any]:
+    """Compile what a forward, a backward and steps would launch, or a forward and a decoded token alone."""
     kernels: list[Any] = []
 
     def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -55,9 +56,10 @@ def compiled(call: Call) -> list[Any]:
     driver.set_active(NoGPU())  # type: ignore[arg-type]
     leaves = [x.requires_grad_() for x in call[:11] if x is not None]
     o = chunked(*call, "triton")[0]
-    torch.autograd.grad(o, leaves, torch.zeros_like(o))
     token = {name: getattr(call, name)[:, :1] for name in TOKENS}
-    step(*call._replace(**token, offset=torch.zeros(len(call.M), dtype=torch.int64)))
+    if everything:
+        torch.autograd.grad(o, leaves, torch.zeros_like(o))
+        step(*call._replace(**token, offset=torch.zeros(len(call.M), dtype=torch.int64)))
     place = torch.zeros(len(call.M), dtype=torch.int64)
     state = DecodeState.begin(TitansState(call.M.detach(), call.S, call.anchor, place), call.q.dtype, call.chunk_size)
     one = call._replace(**{name: x.contiguous() for name, x in token.items()})
@@ -73,7 +75,7 @@ def sums(ttgir: str) -> list[str]:
     return [f"{shape} {layouts[name]}" for shape, name in re.findall(pattern, ttgir, re.DOTALL)]
 
 
-def call_of(dtype: torch.dtype, C: int) -> Call:
+def call_of(dtype: torch.dtype, C: int, D: int = D) -> Call:
     """Make a call of the normalised memory."""
     B, T, H = 1, 2 * C, 2
     q, k, v = (torch.zeros(B, T, H, D, dtype=dtype) for _ in range(3))
@@ -111,6 +113,7 @@ def facts(kernel: Any) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    dtype, precision, C = sys.argv[1:]
+    dtype, precision, C, *wide = sys.argv[1:]
     torch.set_float32_matmul_precision(precision)
-    print(json.dumps([facts(kernel) for kernel in compiled(call_of(getattr(torch, dtype), int(C)))]))
+    call = call_of(getattr(torch, dtype), int(C), int(wide[0]) if wide else D)
+    print(json.dumps([facts(kernel) for kernel in compiled(call, everything=not wide)]))

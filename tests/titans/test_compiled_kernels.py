@@ -24,9 +24,9 @@ Kernels = list[dict[str, Any]]
 
 
 @functools.cache
-def kernels(dtype: str, precision: str, C: int) -> Kernels:
-    """Compile the launches of a forward and a backward at D = 64, once in a process."""
-    command = [sys.executable, "-m", "tests.titans.compile_kernels", dtype, precision, str(C)]
+def kernels(dtype: str, precision: str, C: int, *D: int) -> Kernels:
+    """Compile the launches of a forward and a backward at D = 64, or of a forward at another D, once in a process."""
+    command = [sys.executable, "-m", "tests.titans.compile_kernels", dtype, precision, str(C), *map(str, D)]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -104,8 +104,12 @@ def test_little_is_spilled(case: tuple[str, str, int]) -> None:
     assert not any(kernel["LOCAL"] for kernel in kernels(*case))
 
 
-@pytest.mark.parametrize("case", [*BFLOAT16, FLOAT32, FLOAT16], ids=str)
-def test_decoding_adds_up_in_the_order_of_the_chain_and_of_the_outputs(case: tuple[str, str, int]) -> None:
+# Other widths for which `titans.decodes_alike`.
+WIDTHS = [(*FLOAT32, 33), (*FLOAT32, 128), (*FLOAT16, 100), (*BFLOAT16[0], 32)]
+
+
+@pytest.mark.parametrize("case", [*BFLOAT16, FLOAT32, FLOAT16, *WIDTHS], ids=str)
+def test_decoding_adds_up_in_the_order_of_the_chain_and_of_the_outputs(case: tuple[Any, ...]) -> None:
     """Without which it could not have their bits."""
     sums = {kernel["name"]: kernel["sums"] for kernel in kernels(*case)}
     assert sums["state_kernel"]

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_the_names_are_the_documented_ones() -> None:
     functions = {"chunk_titans_linear", "titans_linear", "titans_linear_step", "check_gates", "check_layout", "grid"}
-    functions |= {"titans_linear_prefill"}
+    functions |= {"titans_linear_prefill", "decodes_alike"}
     assert set(titans.__all__) == functions | {"TitansLinear", "TitansState", "DecodeState", "__version__"}
     assert all(getattr(titans, name).__doc__ for name in titans.__all__)
 

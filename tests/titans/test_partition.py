@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from titans import grid
+from titans import decodes_alike, grid
 from titans.arguments import Call
 from titans.partition import Pieces, block_rows, chunks_per_block, cut, max_pieces
 
@@ -153,5 +153,30 @@ def test_blocks_begin_on_the_grid_and_on_no_finer_one(dtype: torch.dtype, D: int
     ],
 )
 def test_a_grid_is_asked_for_by_what_the_kernels_take(arguments: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=re.escape(message)):
-        grid(*arguments)
+    for function in (grid, decodes_alike):
+        with pytest.raises(error, match=re.escape(message)):
+            function(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "alike", "others"),
+    [
+        (torch.float32, [(33, 16), (128, 1), (64, 200)], [(32, 16), (1, 64), (16, 200)]),
+        (torch.float16, [(33, 16), (128, 1), (64, 200)], [(32, 16), (1, 64), (16, 200)]),
+        (
+            torch.bfloat16,
+            [(128, 64), (72, 64), (40, 64), (64, 1), (32, 33), (16, 200)],
+            [(32, 32), (40, 16), (48, 100), (72, 65), (128, 16), (60, 64), (33, 64), (8, 64)],
+        ),
+    ],
+    ids=str,
+)
+def test_decoding_is_alike_where_it_was_measured(
+    dtype: torch.dtype, alike: list[tuple[int, int]], others: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability in ((9, 0), (8, 0), (10, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, now=capability: now)
+        found = [[decodes_alike(dtype, D, C) for D, C in cases] for cases in (alike, others)]
+        assert found == [[capability == (9, 0)] * len(alike), [False] * len(others)]
+    assert not decodes_alike(dtype, 64, 64, "cpu")
