@@ -340,5 +340,5 @@ def manifold(packed: bool) -> SearchStrategy[Problem]:
 def test_many_chunks_sequences_and_heads_are_as_accurate_as_the_definition(
     implementation: Implementation, problem: Problem
 ) -> Found:
-    many = with_many(problem, implementation.claims)
+    many = with_many(problem, implementation.claims - ({"large"} if implementation.domain.brief else set()))
     return compare_with_the_definition(implementation, implementation.domain.nearest(many))

@@ -57,6 +57,8 @@ class Task:
         Of the fresh problems: how they are drawn, and how many. Seed 0 gives the plainest problem alone.
     shrink : int
         Whether to look for the smallest problem that fails, and how many times as long as at first; 0: no.
+    brief : bool
+        Whether problems have a part of a chunk where a whole one would cost too much.
     """
 
     row: Row
@@ -65,6 +67,7 @@ class Task:
     seed: int = 0
     count: int = 0
     shrink: int = 0
+    brief: bool = False
 
 
 RATCHET = Row("test_ratchet", "test_ratchet", sections=("4.4",))

@@ -10,8 +10,8 @@ from properties.problems.domain import Domain, cells
 from properties.problems.problem import Problem
 from properties.problems.shapes import FEWEST
 
-# dtype, memory, D and C.
-Shape = tuple[str, str, int, int]
+# dtype, memory, D and C; packed, resumed, with log gates.
+Shape = tuple[str, str, int, int, bool, bool, bool]
 
 
 class Kernels:
@@ -24,7 +24,7 @@ class Kernels:
     """
 
     def __init__(self, ready: Ready) -> None:
-        self.claims, self.domain = ready.claims, replace(Domain.parse(ready.domain), few_shapes=FEWEST)
+        self.claims, self.domain = ready.claims, replace(Domain.parse(ready.domain), few_shapes=FEWEST, brief=True)
         self.problems: dict[Task, Problem | None] = {}
         self.by: dict[Shape, set[int]] = {}
         self.ended = set[Shape]()
@@ -43,11 +43,14 @@ class Kernels:
     def shape(self, task: Task) -> Shape:
         """Return what kernels are compiled for, as far as it is known before the call."""
         problem = self.problem(task)
-        # A stored worst case has its own.
-        return (problem.dtype, problem.memory, problem.D, problem.C) if problem else (task.case, "", 0, 0)
+        if problem is None:
+            # A stored worst case has its own.
+            return task.case, "", 0, 0, False, False, False
+        ways = problem.packed, problem.initial == "full", problem.log_gates
+        return problem.dtype, problem.memory, problem.D, problem.C, *ways
 
     def size(self, task: Task) -> int:
-        """Return the cost of a task's problem to the oracle."""
+        """Return the cost of a task's problem in brief to the oracle."""
         problem = self.problem(task)
         return cells(problem) if problem else 0
 

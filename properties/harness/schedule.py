@@ -1,12 +1,14 @@
 """What a quick run does next, and how each law stands."""
 
 import time
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from properties.harness import corpus
 from properties.harness.corpus import RATCHET, Row, Task
 from properties.harness.facts import Facts, Recorder, Verdict
-from properties.harness.kernels import Kernels
+from properties.harness.kernels import Kernels, Shape
 from properties.harness.laws import PROPERTIES
 from properties.harness.merging import together
 from properties.harness.subjects import Subject
@@ -145,26 +147,41 @@ class Schedule:
         self.known = [task for task in self.known if self.standing[task.row].open]
         if not self.known:
             return None
-        task = min(self.known, key=lambda task: self.cost(task, process)) if self.kernels else self.known[0]
+        task = self.known[0]
+        if self.kernels:
+            wanted = Counter(
+                shape for _, shape in {(x.row, self.kernels.shape(x)) for x in self.known if self.unseen(x.row)}
+            )
+            task = min(self.known, key=lambda task: self.cost(task, process, wanted))
+        elif self.ready.domain:
+            # Examples inside may take seconds.
+            task = next((task for task in self.known if self.unseen(task.row)), task)
         self.known.remove(task)
         if self.kernels:
             self.kernels.begin(task, process)
-        return task
+        return replace(task, brief=self.brief(task.row))
 
-    def cost(self, task: Task, process: int) -> tuple[int, int]:
-        """Return how late a task comes on a GPU.
+    def unseen(self, row: Row) -> bool:
+        """Whether a row has no example, and none under way."""
+        return self.brief(row) and not self.standing[row].waiting
+
+    def brief(self, row: Row) -> bool:
+        """Whether a row has no example: a short one says most for its time."""
+        return not self.standing[row].total("compared")
+
+    def cost(self, task: Task, process: int, wanted: Mapping[Shape, int]) -> tuple[int, int]:
+        """Return how late a task comes on a GPU; `wanted` says how many laws without an example have a shape.
 
         First come laws without an example, small problems before large ones, where the kernels are there; then a shape
-        that no process has begun, since two processes would compile the same kernels.
+        that no process has begun, since two processes would compile the same kernels, and that many laws have.
         """
         assert self.kernels
-        now, ready = self.standing[task.row], self.kernels.ready(task, process)
-        unseen = not (now.waiting or now.total("compared"))
+        ready, unseen = self.kernels.ready(task, process), self.unseen(task.row)
         if self.kernels.begun(task) and not ready:
             return 4, 0
         if ready and unseen:
             return 0, self.kernels.size(task)
-        return (1 if unseen else 2 if ready else 3), 0
+        return (1, -wanted[self.kernels.shape(task)]) if unseen else (2 if ready else 3, 0)
 
     def shrink(self) -> Task | None:
         """Return the search for a smaller problem, where there is a failure that needs one."""
@@ -188,7 +205,7 @@ class Schedule:
         now = self.standing[row]
         now.drawn += 1
         count = round(min(BATCH, self.left) / max(now.pace, 1e-3))
-        return Task(row, seed=self.seed * 10**6 + now.drawn, count=min(MOST, max(1, count)))
+        return Task(row, seed=self.seed * 10**6 + now.drawn, count=min(MOST, max(1, count)), brief=self.brief(row))
 
     def note(self, process: int, task: Task, answer: Answer) -> None:
         """Keep an answer of a process."""
@@ -199,7 +216,7 @@ class Schedule:
         now.waiting -= 1
         self.compiled, self.compiling = self.compiled + answer.kernels, self.compiling + answer.compiling
         if self.kernels:
-            self.kernels.end(task)
+            self.kernels.end(replace(task, brief=False))
         if task.shrink:
             self.shrinking += answer.seconds
             # It begins anew: on a busy machine it may need more time.

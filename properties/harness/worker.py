@@ -196,18 +196,20 @@ class Judge:
         else:
             drawn = [task.problem] if task.problem else fresh(PROPERTIES[task.row.law], task.seed, task.count)
             for problem in drawn:
-                self.pose(task.row, problem, recorder)
+                self.pose(task, problem, recorder)
             # The plainest problem may exercise nothing.
             if task.count and not recorder.facts.compared:
                 for problem in fresh(PROPERTIES[task.row.law], task.seed + 1, REFUSALS):
                     if not recorder.facts.compared:
-                        self.pose(task.row, problem, recorder)
+                        self.pose(task, problem, recorder)
 
-    def pose(self, row: Row, problem: Problem, recorder: Recorder) -> None:
+    def pose(self, task: Task, problem: Problem, recorder: Recorder) -> None:
         """Check a law on the problem nearest to this one; count the ones that do not exercise it."""
-        law = PROPERTIES[row.law]
-        posed = law.posed(self.implementation, problem)
-        found = law.check(self.implementation, posed, recorder) if posed else []
+        row, law = task.row, PROPERTIES[task.row.law]
+        subject = self.implementation
+        subject = replace(subject, domain=replace(subject.domain, brief=task.brief))
+        posed = law.posed(subject, problem)
+        found = law.check(subject, posed, recorder) if posed else []
         self.refused[row] = self.refused.get(row, 0) + (not found)
         nowhere = self.refused[row] >= REFUSALS and str(self.implementation.domain)
         if nowhere and not recorder.facts.compared and not recorder.unclaimed:

@@ -88,6 +88,8 @@ class Domain:
         Of q, k and v; plain or normalised; cpu or cuda. None named: any.
     few_shapes : Shapes or None
         The nearest problem has one of these, as a kernel is compiled for each; every shape is inside.
+    brief : bool
+        Whether the nearest problem has a part of a chunk where a whole one would cost too much.
     """
 
     D: Sizes = ANY
@@ -99,6 +101,7 @@ class Domain:
     memory: tuple[str, ...] = ()
     device: tuple[str, ...] = ()
     few_shapes: Shapes | None = None
+    brief: bool = False
 
     @classmethod
     def parse(cls, text: str) -> "Domain":
@@ -180,7 +183,8 @@ class Domain:
             D = turn(self.D.upwards(D, LARGEST["D"]), problem.seed * TURNS["D"], 2)
         if not self.C.contain(C):
             C = turn(self.C.upwards(C, LARGEST["C"]), problem.seed * TURNS["C"], 1)
-        problem = self.with_sequences(rechunked(replace(problem, D=D), C), problem.sequences, problem.H, UNLIMITED)
+        given = replace(problem, D=D)
+        problem = self.with_sequences(rechunked(given, C), problem.sequences, problem.H, UNLIMITED)
         few = min(2, problem.sequences), min(2, problem.H)
         one = (1, few[1]) if few[0] == 1 else (few[0], 1)
         choices = ((problem.sequences, problem.H, UNLIMITED), (*few, UNLIMITED), (*few, 2), (*one, 2), (*one, 1))
@@ -188,7 +192,18 @@ class Domain:
             smaller = self.with_sequences(problem, sequences, heads, chunks)
             if cells(smaller) <= limit:
                 break
+        # The states of many heads cost much without a token, too.
+        if self.brief and max(cells(smaller), smaller.sequences * smaller.H * D**2) > CELLS:
+            smaller = self.in_brief(given, C)
         return replace(smaller, splits=tuple(n * max(smaller.lengths) // longest for n in problem.splits))
+
+    def in_brief(self, problem: Problem, C: int) -> Problem:
+        """Return a problem with chunks of length C and few tokens, as far from the ends of chunks as they are now."""
+        N, H = min(2, problem.sequences), min(2, problem.H)
+        offsets = tuple(min(C - 1, max(0, C - problem.C + place)) for place in problem.offsets)
+        most = max(1, CELLS // (N * H * problem.D**2))
+        lengths = tuple(min(T, most) for T in problem.lengths)
+        return self.with_sequences(replace(problem, C=C, offsets=offsets, lengths=lengths), N, H, UNLIMITED)
 
     def with_sequences(self, problem: Problem, sequences: int, heads: int, chunks: int) -> Problem:
         """Return a problem with so many sequences and heads, at most so many chunks, or what the rules allow."""

@@ -14,7 +14,7 @@ from properties.harness.facts import Recorder
 from properties.harness.foreign import foreign
 from properties.harness.laws import PROPERTIES
 from properties.harness.running import LawBroken
-from properties.problems.domain import EVERYWHERE, Domain, cells
+from properties.problems.domain import CELLS, EVERYWHERE, Domain, cells
 from properties.problems.problem import Problem
 from properties.problems.strategies import problems
 from tests.properties.test_laws import run_suite, verdicts
@@ -50,8 +50,9 @@ def test_a_mistake_in_a_domain_is_named(text: str, sentence: str) -> None:
 
 
 @settings(max_examples=200, suppress_health_check=list(HealthCheck), deadline=None)
-@given(domain=st.sampled_from(DOMAINS), problem=problems())
-def test_the_nearest_problem_is_inside(domain: Domain, problem: Problem) -> None:
+@given(domain=st.sampled_from(DOMAINS), brief=st.booleans(), problem=problems())
+def test_the_nearest_problem_is_inside(domain: Domain, brief: bool, problem: Problem) -> None:
+    domain = replace(domain, brief=brief)
     if domain.memory and problem.memory not in domain.memory:
         return
     inside = domain.nearest(problem)
@@ -74,6 +75,20 @@ def test_what_would_cost_too_much_is_made_smaller() -> None:
     costs = [cells(DOMAINS[1].nearest(replace(problem, seed=seed))) for seed in range(20)]
     # One chunk of two heads.
     assert max(costs) == 2 * 64 * 64**2
+
+
+def test_a_problem_in_brief_has_few_tokens_as_far_from_the_end_of_a_chunk_as_they_were() -> None:
+    domain = replace(Domain.parse("D=64 C=64"), brief=True)
+    problem = Problem(lengths=(7,), C=3, D=2, initial="full", offsets=(2,), splits=(3,))
+    assert domain.nearest(problem) == replace(problem, C=64, D=64, offsets=(63,))
+    large = domain.nearest(replace(problem, lengths=(24, 24, 24), H=3, offsets=(2, 0, 1)))
+    assert (large.lengths, large.H, large.offsets) == ((2, 2), 2, (63, 61))
+    assert cells(large) == CELLS
+    assert domain.nearest(replace(problem, lengths=(0,), H=256)).H == 2
+    # What is cheap has its chunks, and rules are rules.
+    narrow = replace(Domain.parse("D=2 C=64"), brief=True)
+    assert narrow.nearest(problem) == replace(narrow, brief=False).nearest(problem)
+    assert replace(Domain.parse("D=64 C=64 T%C=0"), brief=True).nearest(problem).lengths == (64,)
 
 
 def test_no_call_is_made_outside_and_what_cannot_be_stated_is_not_claimed(tmp_path: Path) -> None:

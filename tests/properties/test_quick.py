@@ -121,6 +121,22 @@ def test_every_law_has_an_example_on_a_gpu_before_any_has_two() -> None:
     assert {plan.kernels.shape(task)[0] for task in plan.known} == {"bfloat16"}
 
 
+def test_every_law_of_a_domain_has_an_example_in_brief_before_any_has_two() -> None:
+    ready = Ready("m:f", CLAIMS, "D=64 C=64", "cpu only")
+    plan = Schedule(Subject("m:f"), ready, seed=0, end=time.monotonic() + 60)
+    seen: list[Row] = []
+    while len(seen) < len(plan.standing):
+        task = plan.next()
+        assert task
+        assert task.brief
+        seen.append(task.row)
+        plan.note(0, task, passed())
+    assert len({*seen}) == len(seen)
+    later = plan.next()
+    assert later
+    assert not later.brief
+
+
 def test_the_time_of_compilers_is_said_and_is_not_taken_for_that_of_an_example() -> None:
     plan = scheduled(select=f"{VALUES}[")
     row = plan.of[VALUES]
