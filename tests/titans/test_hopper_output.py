@@ -6,7 +6,8 @@ import itertools
 import sys
 from collections.abc import Callable, Iterator
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -248,3 +249,31 @@ def test_ends_of_the_chunks_are_the_last_rows(case: Case, log: bool) -> None:
             ):  # fmt: skip
                 assert torch.all((value - true).abs() <= (2 * C + 3 * C) * torch.finfo(torch.float32).eps / 2 * true)
             assert not found[:2, length:].any()
+
+
+@pytest.mark.parametrize("order", range(50))
+def test_every_chain_has_one_follower_which_begins_after_it(order: int) -> None:
+    """Programs begin on any multiprocessors, and take turns at every atomic operation."""
+    chains = 1 + order % 7
+    numbers = torch.zeros(LINE, dtype=torch.int32)
+    tickets = gluon_interpreter.pointers(numbers)
+    chosen: dict[bool, list[int]] = {True: [], False: []}
+
+    def begin(role_of_pair: Callable[..., tuple[Tensor, Tensor]]) -> None:
+        is_chain, pid = role_of_pair(tickets, chains)
+        # there is a program that has taken this number for its chain
+        assert pid < numbers[0]
+        chosen[bool(is_chain)].append(int(pid))
+
+    with gluon_copies.interpreted("output"):
+        handover = sys.modules["titans.kernels.hopper.handover"]
+        add = handover.gl.atomic_add
+
+        def add_in_turn(*args: Any, **options: Any) -> Tensor:
+            gluon_interpreter.here().wait(lambda: True)
+            return add(*args, **options)
+
+        gluon_interpreter.current[:] = [gluon_interpreter.Program(0, order)]
+        with patch.object(handover.gl, "atomic_add", add_in_turn):
+            gluon_interpreter.current[0].run([(begin, (handover.role_of_pair,))] * (2 * chains))
+    assert sorted(chosen[True]) == sorted(chosen[False]) == [*range(chains)]

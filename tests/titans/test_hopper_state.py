@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import pytest
@@ -88,10 +88,12 @@ def run(
     saved = Saved(*squares, torch.full_like(call.q, torch.nan), torch.full(call.q.shape[:3], torch.nan))
     final = State(*(torch.full_like(call.M, torch.nan) for _ in range(3)))
     o, counts = torch.full_like(call.q, torch.nan), []
+    chains: list[int] = []
+    followed: list[int] = []
 
     def see(chunks: int) -> None:
         """What is handed over has been stored."""
-        n, h = divmod(gluon_interpreter.current[0].pid // 2, H)
+        n, h = divmod(chains[-1], H)
         for slot, B, rows in list(pieces(call, n))[:chunks]:
             stored = [saved.M0[slot, h], saved.S0[slot, h], saved.x[B, rows, h]]
             assert not any(x.isnan().any() for x in stored)
@@ -102,15 +104,26 @@ def run(
         patch.object(gluon_interpreter, "released", released),
         gluon_copies.interpreted("forward", change, changed) as module,
     ):
-        # the programs of the outputs have tests of their own
-        module.run_outputs = lambda *arguments: counts.append(arguments[5].flat.view(-1, LINE)[:, 0])
+        run_chain = module.run_chain
+
+        def run_numbered(pid: Tensor, *arguments: Any) -> None:
+            chains.append(int(pid))
+            run_chain(pid, *arguments)
+
+        def follow(pid: Tensor, *arguments: Any) -> None:
+            """The programs of the outputs have tests of their own."""
+            assert int(pid) in chains
+            followed.append(int(pid))
+            counts[:] = arguments[4].flat.view(-1, LINE)[:-1, 0].tolist()
+
+        module.run_chain, module.run_outputs = run_numbered, follow
         module.multiprocessors = lambda device: places
         tile = tile_of(call, layout, call.log_gates)
         given = (call, where_of(call, layout), tile, layout.slots, saved if recorded else None)
         module.launch_forward(*given, final, o, None)
-    for count in counts[-1:]:
-        assert count[:-1].tolist() == [len(list(pieces(call, n))) for n in range(len(call.M)) for _ in range(H)]
-        assert count[-1] == 2 * len(call.M) * H
+    if counts:
+        assert counts == [len(list(pieces(call, n))) for n in range(len(call.M)) for _ in range(H)]
+    assert sorted(chains) == sorted(followed) == [*range(len(counts))]
     return Made(*saved[:4], *final)
 
 

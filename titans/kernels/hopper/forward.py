@@ -14,7 +14,7 @@ from triton.experimental.gluon import language as gl
 from titans.arguments import Call
 from titans.kernels.hopper.common import TILE, Descriptor, aligned, copying, product
 from titans.kernels.hopper.fused import hopper_fused_kernel
-from titans.kernels.hopper.handover import LINE, take_ticket
+from titans.kernels.hopper.handover import LINE, role_in_turn, role_of_pair
 from titans.kernels.hopper.output import Engine, Tokens, run_outputs
 from titans.kernels.hopper.state import run_chain
 from titans.kernels.hopper.state_vjp import rows_of_heads, squares
@@ -32,21 +32,23 @@ def hopper_forward_kernel(
     tokens, affine, initial, where,
     saved, final,  # out
     o_ptr,  # out: (B, T, H, D)
-    count_ptr,  # (N H + 1, LINE), zeros in column 0: chunks that each chain has stored; programs that have begun
+    count_ptr,  # (N H + 1, LINE), zeros: in column 0 the chunks that each chain has stored; in the last row tickets
     T, H, chains, recorded, eps, tile: gl.constexpr,
     TOKENS: gl.constexpr, SQUARE: gl.constexpr, CHAIN_COPY: gl.constexpr, OUTPUT_COPY: gl.constexpr,
     CHAIN_REGISTERS: gl.constexpr, OUTPUT_REGISTERS: gl.constexpr,
     STAGES: gl.constexpr, TOGETHER: gl.constexpr, ROWS: gl.constexpr, SQUARES: gl.constexpr, GRAMS: gl.constexpr,
 ):  # fmt: skip
-    """Eq. (8)-(11) and (5): every other program is the chain of a sequence and head, the one after it its outputs.
+    """Eq. (8)-(11) and (5): half of the programs are the chains of a sequence and head, the others their outputs.
 
     Grid: (2 N H,).
     Reads: q, k, v, w, b, gates, the initial state.
     Writes: o, the final state; M0 and S0 of each chunk, u of (2); if `recorded`, x and r.
     """
-    ticket = take_ticket(count_ptr + chains * LINE)
-    pid = ticket // 2
-    if ticket % 2 == 0:
+    if tile.BD <= 64:
+        is_chain, pid = role_of_pair(count_ptr + chains * LINE, chains)
+    else:
+        is_chain, pid = role_in_turn(count_ptr + chains * LINE)
+    if is_chain:
         run_chain(
             pid, k_ptr, v_ptr, k_engine, v_engine, x_engine, u_engine, M0_engine, S0_engine, tokens, affine,
             initial, where, saved, final, count_ptr, T, H, recorded, eps, tile,
