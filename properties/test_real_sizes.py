@@ -96,8 +96,8 @@ REAL = ODD | USUAL | ODD | ODD | DEEP
 
 
 def is_within_chunks(implementation: Implementation, problem: Problem) -> bool:
-    """Whether every sequence lies within one chunk."""
-    return all(start + T <= problem.C for start, T in zip(problem.starts, problem.lengths, strict=True))
+    """Whether every sequence has tokens, and lies within one chunk."""
+    return all(0 < T <= problem.C - start for start, T in zip(problem.starts, problem.lengths, strict=True))
 
 
 @law("5.19", "4.2", problems=REAL, share=2.5, about=is_within_chunks, any_size=True)

@@ -16,6 +16,7 @@ from properties.harness.definition import definition
 from properties.harness.implementations import implementation
 from properties.harness.laws import PROPERTIES
 from properties.harness.running import LawBroken
+from properties.harness.workarounds import INDEPENDENT
 from properties.problems.problem import DTYPES, Problem
 from properties.problems.real_sizes import sizes
 
@@ -166,3 +167,26 @@ def test_there_are_nine_chunks_sequences_and_heads() -> None:
     few = CHUNK.claims - {"large"}
     assert laws.with_many(problem, few) == replace(many, H=1, lengths=(*[2] * 8, 67))
     assert laws.with_many(Problem(lengths=(2, 2), C=4), few) == Problem(lengths=(2, 2), C=4, H=9)
+
+
+@pytest.mark.parametrize(("lengths", "within"), [((0,), False), ((1,), True), ((2,), False)])
+def test_a_chunk_of_real_size_has_tokens(lengths: tuple[int, ...], within: bool) -> None:
+    problem = Problem(lengths=lengths, C=32, initial="full", offsets=(31,))
+    assert laws.is_within_chunks(CHUNK, problem) is within
+
+
+def test_problems_of_real_size_have_widths_of_kernels_and_padded_ones() -> None:
+    drawn: list[Problem] = []
+
+    @settings(max_examples=300, phases=[Phase.generate], database=None, derandomize=True, backend=INDEPENDENT)
+    @given(laws.REAL)
+    def draw(problem: Problem) -> None:
+        drawn.append(problem)
+
+    draw()
+    usual = [problem for problem in drawn if problem.D in laws.WIDTHS]
+    assert len(drawn) / 10 < len(usual) < len(drawn) / 3
+    assert sum(problem.initial == "full" for problem in usual) > len(usual) / 2
+    for memory in ("plain", "normalised"):
+        padded = [problem for problem in drawn if problem.D > 32 and problem.memory == memory and problem not in usual]
+        assert len(padded) > len(drawn) / 8
