@@ -84,15 +84,11 @@ def replay_a_case(implementation: Implementation, case: str, stored: tuple[float
         raise LawBroken(f"{case}: the error was {error:.6g} ulp and is {now:.6g} ulp, of {problem}")
 
 
-# Workers share the cases: on a GPU most of them compile kernels of their own.
-PARTS = 6
-
-
 @pytest.mark.law("4.4", needs=frozenset())
-@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("part", range(ratchet.PARTS))
 def test_ratchet(implementation: Implementation, recorder: Recorder, part: int) -> None:
     cases = ratchet.read().get(ratchet.subject(implementation.name, implementation.device), {})
-    mine = [*cases.items()][part::PARTS]
+    mine = [*cases.items()][part :: ratchet.PARTS]
     if not mine:
         pytest.skip("worst cases in ratchet.json")
     for case, stored in mine:

@@ -2,7 +2,8 @@
 
 import importlib
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,6 +97,26 @@ def killers(first: str = "") -> list[tuple[str, Problem]]:
 def fixtures() -> list[Row]:
     """Return a row for each fixture."""
     return [Row("test_fixture", "test_fixtures", path.stem) for path in sorted(FIXTURES.glob("*.json"))]
+
+
+def left_out(tests: Iterable[tuple[str, str]], implementations: Iterable[str], parts: int = 1) -> list[str]:
+    """Return a line that says how many tests a run leaves out, if it does.
+
+    Parameters
+    ----------
+    tests : iterable of (law, implementation)
+        One for each test of the run.
+    implementations : iterable of str
+        Their names.
+    parts : int
+        How many tests replay the worst cases of one of them.
+    """
+    import_laws()
+    every = (*rows().values(), *fixtures(), *[RATCHET] * parts)
+    missing = Counter((row.law, name) for row in every for name in implementations)
+    of = missing.total()
+    missing -= Counter(tests)
+    return [f"not complete: {missing.total()} of {of} tests were not selected"] if missing else []
 
 
 def known(name: str, device: str, claims: frozenset[str], killing: Sequence[tuple[str, Problem]]) -> list[Task]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from properties.harness import report
+from properties.harness import corpus, ratchet, report
 from properties.harness.containment import interrupted
 from properties.harness.facts import Recorder, Verdict
 from properties.harness.implementations import Implementation
@@ -47,6 +47,12 @@ class Ledger:
     def verdicts(self) -> list[Verdict]:
         """The verdicts in the order of the collection."""
         return [self.rows[test] for test in dict.fromkeys((*self.collected, *self.rows)) if test in self.rows]
+
+    @property
+    def left_out(self) -> list[str]:
+        """The line that says how many tests the run leaves out, if it does."""
+        tests = [(about["law"], about["implementation"]) for about in self.collected.values()]
+        return corpus.left_out(tests, [x.name for x in self.implementations], ratchet.PARTS)
 
     @property
     def exit_status(self) -> pytest.ExitCode:

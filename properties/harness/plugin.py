@@ -361,7 +361,7 @@ def write_verdicts(config: pytest.Config, path: Path, *more: str) -> None:
     about = headers.header(
         shlex.join(("pytest", *config.invocation_params.args)),
         config.stash[BEGIN],
-        [*pytest_report_header(config), *more],
+        [*pytest_report_header(config), *config.stash[LEDGER].left_out, *more],
         profile=settings.get_current_profile_name(),
         seed=str(config.getoption("--hypothesis-seed")),
         shard=config.getoption("--shard"),
@@ -375,6 +375,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if trouble := config.stash[LEDGER].trouble:
         terminalreporter.write_line(trouble, red=True)
     if not seen:
+        terminalreporter.write_line("not complete: no law was checked", yellow=True)
         return
     terminalreporter.section("verdicts")
     calls = envelope.tables(seen) if config.getoption("--envelope") else []
@@ -383,5 +384,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if unjudged := config.stash[LEDGER].unjudged:
         of = len(config.stash[LEDGER].collected)
         terminalreporter.write_line(f"not complete: {unjudged} of {of} tests were not run", red=True)
+    for line in config.stash[LEDGER].left_out:
+        terminalreporter.write_line(line, yellow=True)
     if trouble := report.too_many_ill_conditioned(seen):
         terminalreporter.write_line(f"FAIL: {trouble}", red=True)

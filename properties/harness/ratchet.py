@@ -8,6 +8,8 @@ from properties.harness import files
 from properties.harness.facts import Verdict
 
 RATCHET = Path(__file__).parents[1] / "ratchet.json"
+# How many tests replay the cases of an implementation; on a GPU most of them compile kernels of their own.
+PARTS = 6
 Cases = dict[str, tuple[float, str]]
 
 

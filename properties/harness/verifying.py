@@ -208,12 +208,16 @@ def within(budget: float, subject: Subject, begin: float, **options: Any) -> Rep
     No tensor may have been differentiated in this process, and no GPU used: see `apart`. The options are those of
     `quick.Quick`.
     """
-    # Importing it imports all laws, and pytest would do that by itself.
+    # Importing these imports all laws, and pytest would do that by itself.
+    from properties.harness import corpus
     from properties.harness.quick import Quick
 
     run = Quick(subject, begin, begin + budget, **options)
     verdicts = run.run()
-    header = headers.header("", begin, run.about(budget), profile="quick", seed=str(run.seed), device=run.devices)
+    tests = [(row.law, row.implementation) for row in verdicts]
+    left_out = corpus.left_out(tests, {name for _, name in tests})
+    about = [*run.about(budget), *left_out]
+    header = headers.header("", begin, about, profile="quick", seed=str(run.seed), device=run.devices)
     return Report(tuple(verdicts), header)
 
 

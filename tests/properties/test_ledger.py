@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from properties.harness import report
+from properties.harness import corpus, report
 from properties.harness.containment import interrupted
 from properties.harness.facts import Verdict
 from properties.harness.implementations import implementation
@@ -149,3 +149,39 @@ def test_what_fails_after_an_interrupt_has_no_result() -> None:
         interrupted.clear()
     assert not ledger.rows
     assert ledger_of(made("failed")).verdicts[0].verdict == "fail"
+
+
+WRONG = ("--impl", "tests.properties.mistaken:without_factor", "--hypothesis-profile=smoke")
+
+
+@pytest.mark.parametrize(
+    ("words", "said", "status"),
+    [
+        (("-k", "scaling"), r"not complete: \d+ of \d+ tests were not selected", 0),
+        (("-k", "scaling", "-n", "1"), r"not complete: \d+ of \d+ tests were not selected", 0),
+        (("-k", "none"), "not complete: no law was checked", 5),
+        (("--collect-only", "-q"), "not complete: no law was checked", 0),
+    ],
+)
+def test_a_run_that_leaves_out_laws_is_not_complete(words: tuple[str, ...], said: str, status: int) -> None:
+    # The laws that see the mistake are left out.
+    output = run_suite("properties/test_plain_memory.py", *WRONG, *words, fails=status)
+    assert len(re.findall(said, output)) == 1, output
+
+
+def test_the_header_says_what_a_run_leaves_out(tmp_path: Path) -> None:
+    path = tmp_path / "verdicts.json"
+    run_suite("properties/test_plain_memory.py", *WRONG, "-k", "scaling", "--verdicts", str(path))
+    assert re.fullmatch(r"not complete: \d+ of \d+ tests were not selected", json.loads(path.read_text())["about"][-1])
+
+
+def test_a_run_of_all_laws_leaves_out_none() -> None:
+    """Both kinds of run: the whole suite has several tests of the worst cases."""
+    chunk, words = implementation("chunk", "cpu"), ("properties/", "--collect-only", "-q", "--backends", "chunk")
+    ledger = Ledger([chunk])
+    ledger.pytest_xdist_node_collection_finished(re.findall(r"^properties/\S+", run_suite(*words), re.MULTILINE))
+    assert ledger.left_out == []
+    rows = (*corpus.rows().values(), *corpus.fixtures(), corpus.RATCHET)
+    assert corpus.left_out([(row.law, "chunk") for row in rows], ["chunk"]) == []
+    (line,) = corpus.left_out([(row.law, "chunk") for row in rows[2:]], ["chunk"])
+    assert line == f"not complete: 2 of {len(rows)} tests were not selected"
