@@ -2,6 +2,7 @@
 
 import argparse
 import shlex
+import signal
 import sys
 import time
 from pathlib import Path
@@ -39,6 +40,9 @@ def main() -> int:
     except ValueError as error:
         print(f"{PROGRAM} {options.command}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"{PROGRAM} {options.command}: interrupted before there was a verdict", file=sys.stderr)
+        return 128 + signal.SIGINT
     except OSError as error:
         print(f"{PROGRAM} {options.command}: the results could not be stored: {error}", file=sys.stderr)
         return 3

@@ -19,7 +19,9 @@ from dataclasses import replace
 from types import ModuleType
 from typing import Any, TypeVar
 
+import hypothesis
 import numpy as np
+import pytest
 import torch
 from hypothesis.errors import HypothesisException
 from torch.utils._device import DeviceContext
@@ -34,7 +36,10 @@ from properties.problems.domain import OutsideDomain
 Result = TypeVar("Result")
 # Everything that a verdict is made with.
 PACKAGES = ("oracle", "properties")
-LENT = (torch, torch.Tensor, torch.autograd, torch.linalg, np, np.linalg, math, builtins, time, random, os)
+LENT = (
+    torch, torch.Tensor, torch.autograd, torch.linalg, np, np.linalg, math, builtins, time, random, os,
+    pytest, pytest.TestReport, hypothesis, hypothesis.core,
+)  # fmt: skip
 SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch.get_default_dtype, torch.set_default_dtype),
     (torch.get_default_device, torch.set_default_device),
@@ -54,6 +59,8 @@ SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
 
 # Whether a thread is one of `at_once`, which contains all of them together.
 THREAD = threading.local()
+# The descriptors of standard output and of standard error.
+STREAMS = (1, 2)
 # Seconds between two switches of threads: as many as possible.
 RESTLESS = 1e-6
 
@@ -146,23 +153,24 @@ def undisturbed() -> Generator[None]:
     if getattr(THREAD, "contained", False):
         yield
         return
-    settings, functions = [get() for get, _ in SETTINGS], [(x, dict(vars(x))) for x in lent(len(sys.modules))]
-    modes = torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
-    try:
-        with answering(), warnings.catch_warnings(), kept_alive():
-            try:
-                yield
-            except (oracle.Unsettled, OutsideDomain) as error:
-                raise Misconduct(f"the implementation raised {type(error).__name__}: {error}") from error
-    finally:
-        torch.set_flush_denormal(False)
-        leave_modes(*modes)
-        for (get, put), value in zip(SETTINGS, settings, strict=True):
-            if get() != value:
-                put(value)
-        replaced = restore(functions)
-    if replaced:
-        raise Misconduct(f"the implementation must not replace {', '.join(replaced[:3])}")
+    with kept_open():
+        settings, functions = [get() for get, _ in SETTINGS], [(x, dict(vars(x))) for x in lent(len(sys.modules))]
+        modes = torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
+        try:
+            with answering(), warnings.catch_warnings(), kept_alive():
+                try:
+                    yield
+                except (oracle.Unsettled, OutsideDomain) as error:
+                    raise Misconduct(f"the implementation raised {type(error).__name__}: {error}") from error
+        finally:
+            torch.set_flush_denormal(False)
+            leave_modes(*modes)
+            for (get, put), value in zip(SETTINGS, settings, strict=True):
+                if get() != value:
+                    put(value)
+            replaced = restore(functions)
+        if replaced:
+            raise Misconduct(f"the implementation must not replace {', '.join(replaced[:3])}")
 
 
 def leave_modes(functions: int, dispatches: int) -> None:
@@ -173,6 +181,42 @@ def leave_modes(functions: int, dispatches: int) -> None:
         if isinstance(torch._C._get_function_stack_at(depth - 1), DeviceContext):
             break
         torch._C._pop_torch_function_stack()
+
+
+class Unclosed:
+    """A stream that is written to as ever, and that nobody closes."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def close(self) -> None:
+        """Leave it open."""
+
+
+@contextmanager
+def kept_open() -> Generator[None]:
+    """Let an implementation close or replace the standard streams for itself alone."""
+    streams, copies = (sys.stdout, sys.stderr), [(i, os.dup(i)) for i in STREAMS if is_open(i)]
+    sys.stdout, sys.stderr = (x and Unclosed(x) for x in streams)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = streams
+        for i, copy in copies:
+            os.dup2(copy, i)
+            os.close(copy)
+
+
+def is_open(descriptor: int) -> bool:
+    """Whether a file descriptor is open."""
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager
@@ -190,20 +234,6 @@ def kept_alive() -> Generator[None]:
         yield
     finally:
         os._exit = system._exit = leave  # type: ignore[attr-defined]
-
-
-def ending_badly() -> Callable[[], None]:
-    """Let nobody end this process as if all were well, as a thread may that outlives its call; return the undoing."""
-    leave, process, system = os._exit, os.getpid(), sys.modules[os.name]
-
-    def end(status: int) -> None:
-        leave(status or 1 if os.getpid() == process else status)
-
-    def undo() -> None:
-        os._exit = system._exit = leave  # type: ignore[attr-defined]
-
-    os._exit = system._exit = end  # type: ignore[assignment, attr-defined]
-    return undo
 
 
 @functools.lru_cache(maxsize=1)

@@ -33,6 +33,7 @@ from properties.harness import (
     report,
     sharding,
     waiting,
+    watching,
     workarounds,
 )
 from properties.harness.facts import Recorder
@@ -51,6 +52,8 @@ OPTIONS = pytest.StashKey[Sequence[tuple[str, str]]]()
 # What the command line says of `--impl`, instead of the callable itself.
 DECLARED = ("--impl-lacks", "--impl-claims", "--impl-domain", "--impl-operands")
 RECORDER = pytest.StashKey[Recorder]()
+# Whether another process waits for this run.
+WATCHED = pytest.StashKey[bool]()
 # When the run began, by `time.monotonic`.
 BEGIN = pytest.StashKey[float]()
 
@@ -94,6 +97,17 @@ def share_failures() -> None:
 
 
 @pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> int | None:
+    """Let a child process check somebody's implementation, so that this one has the last word on the exit status."""
+    if not config.getoption("--impl") or hasattr(config, "workerinput") or config.stash.get(WATCHED, False):
+        return None
+    if not watching.is_possible():
+        return None
+    config.stash[WATCHED] = True
+    return watching.in_a_child(lambda: config.hook.pytest_cmdline_main(config=config))
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     """Use one thread in each worker; keep the options that a replay command repeats."""
     config.stash[BEGIN] = time.monotonic()
@@ -106,8 +120,6 @@ def pytest_configure(config: pytest.Config) -> None:
         # Of the dear laws, which come first, no worker has many.
         config.option.maxschedchunk = 1
     config.add_cleanup(containment.heed_interrupts())
-    if not hasattr(config, "workerinput"):
-        config.add_cleanup(containment.ending_badly())
     # Nothing is captured yet.
     waiting.STDERR = os.dup(2)
     if config.getoption("--device") == "cpu":
@@ -152,10 +164,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @contextmanager
 def refusing_mistakes() -> Generator[None]:
-    """Make pytest's error of usage of a ValueError."""
+    """Make pytest's error of usage of a ValueError, and of an import that does not end."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, waiting.Hanging) as error:
         raise pytest.UsageError(str(error)) from error
 
 
@@ -182,7 +194,8 @@ def subjects(config: pytest.Config) -> dict[str, Implementation]:
     if config.getoption("--backends") != DEFAULT:
         raise ValueError("--impl and --backends exclude each other")
     lacking, claims = (x and [claim for claim in x.split(",") if claim] for x in (lacks, more))
-    return {target: foreign(target, device, lacking, domain, operands, claims)}
+    with waiting.limited(config.getoption("--example-timeout"), f"{target!r} must be imported"):
+        return {target: foreign(target, device, lacking, domain, operands, claims)}
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:

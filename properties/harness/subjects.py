@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -91,6 +92,7 @@ def name_of(thing: str | Callable[..., Any]) -> str:
     found: Any = None
     with contextlib.suppress(AttributeError):
         found = functools.reduce(getattr, name.split("."), sys.modules.get(module))
-    if found is not thing:
+    # A bound method is made anew each time.
+    if found is not thing and (not inspect.ismethod(thing) or found != thing):
         raise ValueError(f"{module}:{name} is not this object any more, but {found!r}: verify it by another name")
     return f"{module}:{name}"

@@ -155,6 +155,8 @@ def verify(
     ------
     ValueError
         If a target cannot be imported, or an argument is wrong.
+    KeyboardInterrupt
+        If it is interrupted before it has a verdict.
     """
     if not targets:
         raise ValueError("verify needs an implementation, such as 'my_kernel:memory'")
@@ -257,16 +259,17 @@ def asked(command: Sequence[str], option: str, progress: bool) -> Report:
     """Run a command that writes verdicts into the file that an option names, and return them."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "verdicts.json"
-        printed = ended([*command, option, str(file)], progress)
+        printed, interrupted = ended([*command, option, str(file)], progress)
         try:
             run = Run.read(file)
         except ValueError as error:
-            raise ValueError(mistake(printed)) from error
+            raise KeyboardInterrupt if interrupted else ValueError(mistake(printed)) from error
     return Report(run.verdicts, run.header)
 
 
-def ended(command: Sequence[str], progress: bool) -> str:
-    """Run a command to its end, and return what it printed; an interrupt is handed on to it."""
+def ended(command: Sequence[str], progress: bool) -> tuple[str, bool]:
+    """Run a command to its end; return what it printed, and whether it was interrupted: that is handed on to it."""
+    interrupted = False
     shown = [os.dup(2)] if progress else []
     options = [word for descriptor in shown for word in ("--progress-to", str(descriptor))]
     try:
@@ -285,9 +288,10 @@ def ended(command: Sequence[str], progress: bool) -> str:
                 try:
                     process.wait()
                 except KeyboardInterrupt:
+                    interrupted = True
                     process.terminate()
             output.seek(0)
-            return output.read()
+            return output.read(), interrupted
     finally:
         for descriptor in shown:
             os.close(descriptor)

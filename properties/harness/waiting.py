@@ -19,7 +19,7 @@ class Hanging(BaseException):
 
 
 @contextmanager
-def limited(seconds: float) -> Generator[None]:
+def limited(seconds: float, rule: str = "the example must end") -> Generator[None]:
     """Raise Hanging after some seconds, every second from then on; after as many and a minute more, end the process.
 
     Parameters
@@ -27,13 +27,15 @@ def limited(seconds: float) -> Generator[None]:
     seconds : float
         0: no limit. An earlier alarm of somebody else's, such as pytest-timeout's, stays as it is, and a later one
         comes when it should.
+    rule : str
+        The beginning of the message.
     """
     if not seconds or threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return
 
     def late(number: int, frame: Any) -> None:
-        raise Hanging(f"the example must end within --example-timeout {seconds:g} seconds")
+        raise Hanging(f"{rule} within --example-timeout {seconds:g} seconds")
 
     start, (left, interval) = time.monotonic(), signal.getitimer(signal.ITIMER_REAL)
     others_is_first = 0 < left <= seconds

@@ -1,5 +1,6 @@
 """Implementations that interfere with their verification; most compute nothing wrong."""
 
+import ctypes
 import os
 import random
 import signal
@@ -85,6 +86,27 @@ def leaves_later(*arguments: Any, **options: Any) -> Any:
         sys.modules[os.name]._exit(0)
 
     threading.Thread(target=leave, daemon=True).start()
+    return titans.chunk_titans_linear(*arguments, **options)
+
+
+def leaves_through_c(*arguments: Any, **options: Any) -> Any:
+    """End the process as if all were well, past all that Python knows."""
+    ctypes.CDLL(None)._exit(0)
+
+
+def closes_its_streams(*arguments: Any, **options: Any) -> Any:
+    """Compute what it should, and close the standard streams."""
+    print("the last word", flush=True)
+    sys.stdout.close()
+    sys.stderr.close()
+    os.close(1)
+    os.close(2)
+    return titans.chunk_titans_linear(*arguments, **options)
+
+
+def stays_in_a_thread(*arguments: Any, **options: Any) -> Any:
+    """Compute what it should, and start a thread that never ends."""
+    threading.Thread(target=lambda: time.sleep(10**6)).start()
     return titans.chunk_titans_linear(*arguments, **options)
 
 
@@ -232,6 +254,7 @@ def hangs(*arguments: Any, **options: Any) -> Any:
 
 rewrites_its_report.state = titans.TitansState  # type: ignore[attr-defined]
 leaves_later.state = stops_the_clock.state = loads_the_dice.state = titans.TitansState  # type: ignore[attr-defined]
+stays_in_a_thread.state = closes_its_streams.state = titans.TitansState  # type: ignore[attr-defined]
 shows_halves.state = stays_in_a_mode.state = titans.TitansState  # type: ignore[attr-defined]
 skips_backward.state = hides.state = compiles.state = patches.state = settles_in.state = titans.TitansState  # type: ignore[attr-defined]
 

@@ -50,6 +50,7 @@ def check(subject: str, law: str = VALUES, recorder: Recorder | None = None) -> 
         ("skips_backward", GRADIENTS, "Skipped: it is not my day"),
         ("patches", VALUES, "must not replace torch.isfinite"),
         ("hides", VALUES, "must not replace Tensor.cpu"),
+        ("rewrites_its_report", VALUES, "must not replace TestReport.from_item_and_call"),
     ],
 )
 def test_an_implementation_does_not_decide_its_own_verdict(subject: str, law: str, said: str) -> None:
@@ -210,6 +211,27 @@ def test_a_run_of_an_implementation_that_evades_it_fails(subject: str) -> None:
 def test_a_thread_that_outlives_its_call_ends_no_run_as_if_all_were_well() -> None:
     law, target = f"properties/test_oracle.py::{VALUES}", "tests.properties.misbehaving:leaves_later"
     run_suite(law, "--impl", target, "--hypothesis-profile=smoke", fails=1)
+
+
+@pytest.mark.parametrize("workers", [(), ("-n", "1")], ids=["alone", "xdist"])
+def test_an_implementation_that_ends_its_process_ends_no_run_as_if_all_were_well(workers: tuple[str, ...]) -> None:
+    law, target = f"properties/test_oracle.py::{VALUES}", "tests.properties.misbehaving:leaves_through_c"
+    output = run_suite(law, "--impl", target, "--replay", PROBLEM.to_json(), *workers, fails=1)
+    assert "not complete" in output
+
+
+@pytest.mark.parametrize("workers", [(), ("-n", "1")], ids=["alone", "xdist"])
+def test_a_thread_that_never_ends_keeps_no_run_alive(workers: tuple[str, ...]) -> None:
+    law, target = f"properties/test_oracle.py::{VALUES}", "tests.properties.misbehaving:stays_in_a_thread"
+    assert "1 passed" in run_suite(law, "--impl", target, "--replay", PROBLEM.to_json(), *workers)
+
+
+@pytest.mark.parametrize("words", [(), ("-s",), ("--capture=sys",), ("-n", "1")], ids=str)
+def test_streams_that_an_implementation_closes_stay_open(words: tuple[str, ...]) -> None:
+    law, target = f"properties/test_oracle.py::{VALUES}", "tests.properties.misbehaving:closes_its_streams"
+    output = run_suite(law, "--impl", target, "--replay", PROBLEM.to_json(), *words)
+    assert "1 passed" in output
+    assert ("the last word" in output) == ("-s" in words)
 
 
 def test_calls_of_several_threads_are_contained_together() -> None:

@@ -211,6 +211,7 @@ def local() -> None:
         (titans.chunk_titans_linear, "titans.api:chunk_titans_linear"),
         ("m:f", "m:f"),
         (local, f"{__name__}:local"),
+        (Problem.from_json, "properties.problems.problem:Problem.from_json"),
     ],
 )
 def test_a_callable_is_known_by_its_name(thing: Any, name: str) -> None:
@@ -327,6 +328,12 @@ def test_results_that_cannot_be_stored_are_shown(
 def test_options_of_a_run_of_pytest_around_it_are_no_options_of_verify(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTEST_ADDOPTS", "-k nothing")
     assert "PYTEST_ADDOPTS" not in verifying.surroundings()
+
+
+def test_an_interrupt_before_the_first_verdict_is_no_mistake_of_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verifying, "ended", lambda command, progress: ("Traceback", True))
+    with pytest.raises(KeyboardInterrupt):
+        verify("chunk", budget=60)
 
 
 def test_the_function_returns_the_report() -> None:
