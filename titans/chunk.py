@@ -74,11 +74,11 @@ def state(
         The final state.
     """
     K, H, _, D = x.k.shape
-    order = x.pieces.order
     u = torch.empty_like(x.k)
     M0, S0 = x.k.new_empty(K, H, D, D), x.k.new_empty(K, H, D, D)
-    M, S, A = M[order], S[order], anchor[order]
+    M, S, A = (x.pieces.ordered(z) for z in (M, S, anchor))
     end = c.rows(x.pieces.end)
+    # in place, since many short sequences have many states
     for i, now in enumerate(x.pieces.steps):
         live = slice(0, now.stop - now.start)
         if i > 0:
@@ -87,10 +87,9 @@ def state(
         beta, f, m, n, G = (row[now] for row in end)
         u[now] = inner_gradient(x.k[now] @ A[live], x.target[now], x.w, x.b, x.eps)
         k_T = -2 * x.k[now].mT
-        M[live] = beta * M[live] + f * S[live] + k_T @ (G * u[now])
-        S[live] = m * S[live] + k_T @ (n * u[now])
-    back = torch.argsort(order)
-    M, S, A = M[back], S[back], A[back]
+        M[live].mul_(beta).add_(f * S[live]).add_(k_T @ (G * u[now]))
+        S[live].mul_(m).add_(k_T @ (n * u[now]))
+    M, S, A = (x.pieces.as_passed(z) for z in (M, S, A))
     return u, M0, S0, M, S, torch.where(x.pieces.refreshed[:, None, None, None], M, A)
 
 
@@ -169,9 +168,10 @@ def state_vjp(
     dM, dS, danchor : Tensor, shape (N, H, D, D)
         Cotangents of the initial state.
     """
-    order, end = x.pieces.order, c.rows(x.pieces.end)
-    refreshed = x.pieces.refreshed[:, None, None, None]
-    dM, dS, dA = torch.where(refreshed, dM + danchor, dM)[order], dS[order], torch.where(refreshed, 0, danchor)[order]
+    end, refreshed = c.rows(x.pieces.end), x.pieces.refreshed[x.pieces.order][:, None, None, None]
+    dM, dS, dA = (x.pieces.ordered(d) for d in (dM, dS, danchor))
+    dM += torch.where(refreshed, dA, 0)
+    dA.masked_fill_(refreshed, 0)
     dtarget = torch.empty_like(u)
     K, H, _, D = u.shape
     dw, db = (None, None) if x.w is None else (u.new_empty(K, H, D), u.new_empty(K, H, D))
@@ -186,20 +186,25 @@ def state_vjp(
             dw[now], db[now] = dw_rows.sum(-2), db_rows.sum(-2)
 
         grad.k[now] += dy @ A[now].mT - 2 * (G * (u_now @ dM_now.mT) + n * (u_now @ dS_now.mT))
-        dbeta, df, dm = ((p * s[now]).sum((-2, -1)) for p, s in ((dM_now, M0), (dM_now, S0), (dS_now, S0)))
+        dbeta, df, dm = (dot(p, s[now]) for p, s in ((dM_now, M0), (dM_now, S0), (dS_now, S0)))
         at = (x.pieces.end[now] + 1, torch.arange(now.start, now.stop, device=k.device))
         grad.dG[at] += torch.cat([dbeta[..., None], df[..., None], -2 * (k_dM * u_now).sum(-1)], -1)
         grad.dn[at] += torch.cat([torch.zeros_like(dm[..., None]), dm[..., None], -2 * (k_dS * u_now).sum(-1)], -1)
 
         dA[live] += k.mT @ dy
-        dS[live] = f * dM_now + m * dS_now + grad.S0[now]
-        dM[live] = beta * dM_now + grad.M0[now]
+        dS_now.mul_(m).add_(f * dM_now).add_(grad.S0[now])
+        dM_now.mul_(beta).add_(grad.M0[now])
         if i > 0:
             # this piece's anchor was the memory it started from
             dM[live] += dA[live]
             dA[live] = 0
-    back = torch.argsort(order)
-    return dtarget, dw, db, dM[back], dS[back], dA[back]
+    dM, dS, dA = (x.pieces.as_passed(d) for d in (dM, dS, dA))
+    return dtarget, dw, db, dM, dS, dA
+
+
+def dot(x: Tensor, y: Tensor) -> Tensor:
+    """The sum of the products of all elements of (..., D, D), without a tensor of the products."""
+    return (x.flatten(-2)[..., None, :] @ y.flatten(-2)[..., None])[..., 0, 0]
 
 
 def backward(
@@ -211,7 +216,7 @@ def backward(
     A = M0
     if x.pieces.steps:
         first = x.pieces.steps[0]
-        A = torch.cat([call.anchor[x.pieces.order][: first.stop], M0[first.stop :]])
+        A = torch.cat([call.anchor[x.pieces.order[: first.stop]], M0[first.stop :]])
     u = inner_gradient(x.k @ A, x.target, x.w, x.b, x.eps)
 
     do = x.pieces.gather(do).to(u.dtype)

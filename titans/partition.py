@@ -217,6 +217,8 @@ class Pieces:
     ----------
     order : Tensor, shape (N,)
         The sequences, longest chain first.
+    as_given : bool
+        Whether that is the order in which they are given.
     steps : tuple of slice
         The pieces of each step of the chain.
     index : Tensor, shape (K, L)
@@ -230,11 +232,20 @@ class Pieces:
     """
 
     order: Tensor
+    as_given: bool
     steps: tuple[slice, ...]
     index: Tensor
     padding: Tensor | None
     end: Tensor
     refreshed: Tensor
+
+    def ordered(self, x: Tensor) -> Tensor:
+        """Copy (N, ...) into the order of the chains."""
+        return x.clone() if self.as_given else x[self.order]
+
+    def as_passed(self, x: Tensor) -> Tensor:
+        """(N, ...) in the order of the chains -> in that of the caller: the inverse of `ordered`."""
+        return x if self.as_given else x[torch.argsort(self.order)]
 
     def gather(self, x: Tensor) -> Tensor:
         """(B, T, H, ...) -> (K, H, L, ...), zero in the padding."""
@@ -288,6 +299,7 @@ def cut(
     ends = torch.tensor([0, *widths]).cumsum(0).tolist()
     return Pieces(
         order.to(device),
+        bool((counts.diff() <= 0).all()),
         tuple(slice(i, j) for i, j in pairwise(ends)),
         index.to(device),
         padding.to(device) if padding.any() else None,

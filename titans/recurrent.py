@@ -13,6 +13,11 @@ from titans.gates import Gates, linear_gates
 from titans.inner import inner_gradient, readout, target
 from titans.validation import check_bounds, has_values
 
+NO_FULL_GRAPH = (
+    "the definition reads `cu_seqlens` where it is compiled: call torch.compile without fullgraph=True, or call "
+    'chunk_titans_linear with backend="chunk", which is one node of the graph'
+)
+
 
 def recurrent(
     q: Tensor, k: Tensor, v: Tensor, w: Tensor | None, b: Tensor | None,
@@ -76,6 +81,8 @@ def forward(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         o, M, S, anchor = run(slice(None), slice(None))
     # where Dynamo compiles a call, the graph breaks here, and wrong bounds are refused
     elif has_values(call.cu_seqlens) or (torch.compiler.is_compiling() and not torch.compiler.is_exporting()):
+        if torch.compiler.is_dynamo_compiling():
+            torch._dynamo.graph_break(msg=NO_FULL_GRAPH)
         bounds = call.cu_seqlens.tolist()
         check_bounds(bounds, call.q.shape[1])
         runs = [run(slice(*bounds[n : n + 2]), slice(n, n + 1)) for n in range(len(bounds) - 1)]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.titans.test_op import BACKENDS, NAMES, Arguments, B, C, D, H, T, arguments, packed, state
-from titans import chunk_titans_linear, titans_linear_step
+from titans import chunk_titans_linear, titans_linear, titans_linear_step
 from titans.arguments import Call
 from titans.autograd import chunked, chunked_backward, step, unrecorded
 
@@ -147,6 +147,12 @@ def test_a_compiled_call_refuses_bad_bounds(backend: str) -> None:
     compiled = torch.compile(chunk_titans_linear, backend="aot_eager", fullgraph=backend != "recurrent")
     with pytest.raises(ValueError, match="`cu_seqlens` must run from 0 to T"):
         compiled(**packed(backend=backend) | {"cu_seqlens": torch.tensor([0, 1])})
+
+
+def test_a_full_graph_of_packed_sequences_names_the_backend_that_has_one() -> None:
+    compiled = torch.compile(titans_linear, backend="eager", fullgraph=True)
+    with pytest.raises(RuntimeError, match=r'without fullgraph=True, or call chunk_titans_linear with backend="chunk"'):
+        compiled(**packed())
 
 
 @pytest.mark.parametrize("backend", [None, *BACKENDS])

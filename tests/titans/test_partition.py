@@ -66,6 +66,11 @@ def test_a_new_piece_begins_where_a_chunk_begins(case: tuple[list[int], bool, in
     assert sorted(pieces.order.tolist()) == list(range(len(lengths)))
     assert all(before.stop == after.start for before, after in pairwise(pieces.steps))
     assert pieces.end.tolist() == [len(piece) - 1 for piece in tokens]
+    states = torch.arange(len(lengths))
+    assert pieces.ordered(states).tolist() == pieces.order.tolist()
+    assert pieces.as_passed(pieces.ordered(states)).tolist() == states.tolist()
+    # Sequences that need no other order are not copied back.
+    assert (pieces.as_passed(states) is states) == (pieces.order.tolist() == states.tolist())
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
