@@ -162,6 +162,12 @@ def pytest_configure(config: pytest.Config) -> None:
         config.stash[LEDGER].changed = now_and_then(functools.partial(store_so_far, config, path))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_keyboard_interrupt(excinfo: pytest.ExceptionInfo[BaseException]) -> None:
+    """Let pytest's own report of an interrupt not fail."""
+    workarounds.drop_entries_without_a_line(excinfo)
+
+
 @contextmanager
 def refusing_mistakes() -> Generator[None]:
     """Make pytest's error of usage of a ValueError, and of an import that does not end."""

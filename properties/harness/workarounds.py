@@ -1,4 +1,4 @@
-"""All that leans on private interfaces of Hypothesis, Triton's interpreter and CPython's frames, or on glibc.
+"""All that leans on private interfaces of Hypothesis, pytest, Triton's interpreter and CPython's frames, or on glibc.
 
 Tried on Hypothesis 6.170.15, Triton 3.7.1 and CPython 3.11. Where one of the interfaces has changed,
 `tests/properties/test_workarounds.py` fails with a sentence.
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis.internal.conjecture.providers import AVAILABLE_PROVIDERS, HypothesisProvider
 
 INDEPENDENT = "independent"
@@ -41,6 +42,15 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, -1)
+
+
+def drop_entries_without_a_line(excinfo: pytest.ExceptionInfo[BaseException]) -> None:
+    """Let pytest show where it was interrupted.
+
+    A signal may come at an instruction of CPython that belongs to no line of source, where a comprehension begins. The
+    entry of the traceback has None for a line, pytest subtracts 1 from it, and ends with an internal error.
+    """
+    excinfo.traceback = excinfo.traceback.filter(lambda entry: entry._rawentry.tb_lineno is not None)
 
 
 def patch_once() -> None:

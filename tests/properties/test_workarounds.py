@@ -4,6 +4,7 @@ import inspect
 import platform
 import subprocess
 import sys
+from types import FrameType, TracebackType
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from hypothesis.internal.conjecture import engine, providers
 from properties.harness import workarounds
 from properties.harness.comparing import same_bits
 from properties.harness.implementations import implementation
+from properties.harness.plugin import pytest_keyboard_interrupt
 from properties.harness.running import run
 from properties.problems.problem import Problem
 
@@ -27,6 +29,24 @@ def test_hypothesis_has_its_registry_of_providers() -> None:
     assert '== "hypothesis"' in inspect.getsource(engine) or '!= "hypothesis"' in inspect.getsource(engine), (
         "Hypothesis's engine no longer asks whether a backend is its own before it varies an example"
     )
+
+
+def test_pytest_shows_an_interrupt_at_an_instruction_without_a_line() -> None:
+    kept = 1
+
+    def inner() -> tuple[FrameType, int]:
+        return sys._getframe(), kept
+
+    frame, _ = inner()
+    start = next((start for start, _, line in frame.f_code.co_lines() if line is None), None)
+    assert start is not None, "CPython gives every instruction a line now: the workaround can go"
+    lost = TracebackType(None, frame, start, -1)
+    excinfo = pytest.ExceptionInfo.from_exception(KeyboardInterrupt().with_traceback(lost))
+    assert lost.tb_lineno is None
+    with pytest.raises(TypeError):
+        excinfo.getrepr()
+    pytest_keyboard_interrupt(excinfo)
+    assert "KeyboardInterrupt" in str(excinfo.getrepr(funcargs=True))
 
 
 # Ten blocks of 64 MB are allocated, written and freed one after the other: how many pages did the system have to give?
