@@ -73,7 +73,8 @@ def test_splitting_into_single_tokens_changes_nothing(implementation: Implementa
         memories=("normalised", "plain", "normalised"), dtypes=("float32", *HALF, "float64", *HALF, "float16"),
     ),
     needs=["step"],
-    share=2.5,
+    share=0.5,
+    fewest=0.3,
 )  # fmt: skip
 def test_decoding_step_by_step_changes_nothing(implementation: Implementation, problem: Problem) -> Found:
     T = problem.lengths[0]

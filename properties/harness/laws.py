@@ -43,8 +43,8 @@ class Property:
     problems : strategy of Problem
     needs : frozenset of str
         The claims without which the law says nothing.
-    share : float
-        Of the profile's number of examples.
+    share, fewest : float
+        Of the profile's number of examples, for a fast implementation; for one that gets a part of those, at least.
     about : callable
         Whether a problem exercises the law: one that Hypothesis invents and that does not is rejected.
     any_size : bool
@@ -63,6 +63,7 @@ class Property:
     any_size: bool = False
     cheap: bool = False
     sections: tuple[str, ...] = ()
+    fewest: float = 0.0
 
     @property
     def name(self) -> str:
@@ -142,7 +143,7 @@ class Property:
 
     def drawn(self, function: Callable[[Implementation, Problem], None], share: float, **options: Any) -> Test:
         """Return a function of the law's problems as a test of those that Hypothesis invents."""
-        examples = max(1, math.ceil(self.share * share * settings().max_examples))
+        examples = max(1, math.ceil(max(self.share * share, self.fewest) * settings().max_examples))
         test: Test = settings(max_examples=examples, **options)(given(problem=self.problems)(function))
         return test
 
@@ -167,6 +168,7 @@ def law(
     about: About = Property.about,
     any_size: bool = False,
     cheap: bool = False,
+    fewest: float = 0.0,
 ) -> Callable[[Law], Test]:
     """Make a property of a function of an implementation and a problem.
 
@@ -177,12 +179,12 @@ def law(
     problems : strategy of Problem
     needs : iterable of str
         Claims without which the law says nothing.
-    share, about, any_size, cheap
+    share, about, any_size, cheap, fewest
         See `Property`.
     """
 
     def decorate(function: Law) -> Test:
-        found = Property(function, problems, frozenset(needs), share, about, any_size, cheap, numbers)
+        found = Property(function, problems, frozenset(needs), share, about, any_size, cheap, numbers, fewest)
         PROPERTIES[found.name] = found
         return pytest.mark.law(*numbers, needs=found.needs)(found.test())
 

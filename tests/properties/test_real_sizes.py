@@ -1,6 +1,7 @@
 """The laws of real sizes see faults that small problems do not show, around a correct backend."""
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -190,3 +191,10 @@ def test_problems_of_real_size_have_widths_of_kernels_and_padded_ones() -> None:
     for memory in ("plain", "normalised"):
         padded = [problem for problem in drawn if problem.D > 32 and problem.memory == memory and problem not in usual]
         assert len(padded) > len(drawn) / 8
+
+
+def test_a_slow_implementation_gets_the_fewest_examples() -> None:
+    law = PROPERTIES["test_a_chunk_of_real_size_is_right"]
+    drawn: list[Problem] = []
+    law.drawn(lambda implementation, problem: drawn.append(problem), 0.01, database=None, derandomize=True)(CHUNK)
+    assert len(drawn) == math.ceil(law.fewest * settings().max_examples)
