@@ -79,8 +79,9 @@ def forward(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
     if call.cu_seqlens is None:
         o, M, S, anchor = run(slice(None), slice(None))
-    # where Dynamo compiles a call, the graph breaks here, and wrong bounds are refused
-    elif has_values(call.cu_seqlens) or (torch.compiler.is_compiling() and not torch.compiler.is_exporting()):
+    # where Dynamo compiles a call, the graph breaks here, and wrong bounds are refused; the flag and not the public
+    # `is_exporting`, which Dynamo of torch 2.11 takes for true
+    elif has_values(call.cu_seqlens) or (torch.compiler.is_compiling() and not torch.compiler._is_exporting_flag):
         if torch.compiler.is_dynamo_compiling():
             torch._dynamo.graph_break(msg=NO_FULL_GRAPH)
         bounds = call.cu_seqlens.tolist()
