@@ -79,7 +79,8 @@ def shortened(problem: Problem, C: int) -> Problem:
     lengths = []
     for T, before, start in zip(problem.lengths, problem.starts, offsets or problem.starts, strict=True):
         chunks, place = divmod(before + T, problem.C)
-        lengths.append(chunks * C + min(place, C - 1) - start)
+        # a last token has a place in the chunk, if it fills it
+        lengths.append(max(min(T, 1), chunks * C + min(place, C - 1) - start))
     if not problem.packed:
         lengths = [min(lengths)] * len(lengths)
     return replace(problem, C=C, offsets=offsets, lengths=tuple(lengths))
