@@ -43,7 +43,7 @@ def real_problems(
     heads: int = 2,
     sequences: int = 3,
     memories: Sequence[str] = ("plain", "normalised"),
-    dtypes: Sequence[str] = ("float32", "float32", *HALF, "float64"),
+    dtypes: Sequence[str] = ("float32", "float64", *HALF, "float32", "float64"),
     initial: Sequence[str] = ("M", "full", "none"),
     packed: bool | None = None,
     **fixed: Any,
