@@ -73,8 +73,9 @@ class Ledger:
     def named(self, test: str) -> dict[str, Any]:
         """Return what a test is about by its node id, as far as that says."""
         law, _, parameters = test.rpartition("::")[2].partition("[")
-        at = f"-{parameters.removesuffix(']')}-"
-        found = [x for x in self.implementations if f"-{x.name}-" in at]
+        # The implementation is the first parameter; the name of a fixture may end with that of another.
+        first = parameters.removesuffix("]") + "-"
+        found = [x for x in self.implementations if first.startswith(f"{x.name}-")]
         subject = max(found, key=lambda x: len(x.name), default=None)
         device = subject.device if subject else ""
         return {"law": law, "implementation": subject.name if subject else "", "device": device}

@@ -14,7 +14,7 @@ import pytest
 from properties.harness import corpus, report
 from properties.harness.containment import interrupted
 from properties.harness.facts import Verdict
-from properties.harness.implementations import implementation
+from properties.harness.implementations import BACKENDS, implementation
 from properties.harness.ledger import Ledger, verdict
 from properties.harness.merging import Run
 from tests.properties.test_laws import ROOT, run_suite
@@ -81,7 +81,7 @@ def test_a_law_that_cannot_be_collected_has_no_verdict() -> None:
 @pytest.mark.parametrize("name", ["chunk", "log"])
 def test_the_node_id_says_which_implementation_a_test_is_about(name: str) -> None:
     ledger = Ledger([implementation("chunk", "cpu"), implementation("log", "cpu")])
-    ledger.pytest_xdist_node_collection_finished([f"a.py::test_fixture[{name}-007-chunks]", "a.py::test_b"])
+    ledger.pytest_xdist_node_collection_finished([f"a.py::test_fixture[{name}-007-in-a-chunk]", "a.py::test_b"])
     (about,) = ledger.collected.values()
     assert (about["law"], about["implementation"]) == ("test_fixture", name)
 
@@ -177,8 +177,8 @@ def test_the_header_says_what_a_run_leaves_out(tmp_path: Path) -> None:
 
 def test_a_run_of_all_laws_leaves_out_none() -> None:
     """Both kinds of run: the whole suite has several tests of the worst cases."""
-    chunk, words = implementation("chunk", "cpu"), ("properties/", "--collect-only", "-q", "--backends", "chunk")
-    ledger = Ledger([chunk])
+    words = ("properties/", "--collect-only", "-q", "--backends", ",".join(BACKENDS))
+    ledger = Ledger([implementation(name, "cpu") for name in BACKENDS])
     ledger.pytest_xdist_node_collection_finished(re.findall(r"^properties/\S+", run_suite(*words), re.MULTILINE))
     assert ledger.left_out == []
     rows = (*corpus.rows().values(), *corpus.fixtures(), corpus.RATCHET)
