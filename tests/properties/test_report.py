@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from properties.harness import comparing, ratchet, report, sections
+from properties.harness import comparing, corpus, ratchet, report, sections
 from properties.harness.facts import Recorder, Verdict, worst_error
 from properties.harness.implementations import Implementation, arithmetic, implementation
 from properties.harness.laws import PROPERTIES
@@ -178,16 +178,24 @@ def test_the_table_names_the_fixture_that_fails() -> None:
 
 @pytest.mark.parametrize(("unsure", "too_many"), [(200, False), (201, True)])
 def test_a_run_says_too_little_where_a_tenth_is_ill_conditioned(unsure: int, too_many: bool) -> None:
-    rows = [Verdict("", LAW, "chunk", "pass", examples=1000, ill_conditioned=n) for n in (unsure, 0)]
+    laws = (*corpus.rows(), *("test_fixture" for _ in corpus.fixtures()), corpus.RATCHET.law)
+    counts = [(1000, unsure), (1000, 0), *repeat((0, 0), len(laws) - 2)]
+    rows = [
+        Verdict("", law, "chunk", "pass", examples=examples, ill_conditioned=n)
+        for law, (examples, n) in zip(laws, counts, strict=True)
+    ]
     assert bool(report.too_many_ill_conditioned(rows)) == too_many
+    # Of a part of the laws more may be.
+    assert not report.too_many_ill_conditioned(rows[:-1])
 
 
 def test_such_a_run_fails() -> None:
-    law = f"properties/test_oracle.py::{LAW}"
+    law, plugins = f"properties/test_oracle.py::{LAW}", ("-p", "tests.properties.unsure")
     run = (law, "--backends", "chunk", "--replay", PROBLEM.to_json())
-    assert "says too little" not in run_suite(*run)
+    # Laws are left out.
+    assert "says too little" not in run_suite(*plugins, *run)
     assert "FAIL: 0 of the 1 examples of chunk are ill-conditioned: the run says too little" in run_suite(
-        "-p", "tests.properties.unsure", *run, fails=1
+        *plugins, "-p", "tests.properties.whole", *run, fails=1
     )
 
 

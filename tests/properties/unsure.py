@@ -1,4 +1,4 @@
-"""A pytest plugin (`-p tests.properties.unsure`) under which every run has too many ill-conditioned examples."""
+"""A pytest plugin (`-p tests.properties.unsure`) under which a run of all laws is too often ill-conditioned."""
 
 from properties.harness import report
 
