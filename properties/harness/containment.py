@@ -157,7 +157,7 @@ def undisturbed() -> Generator[None]:
         settings, functions = [get() for get, _ in SETTINGS], [(x, dict(vars(x))) for x in lent(len(sys.modules))]
         modes = torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
         try:
-            with answering(), warnings.catch_warnings(), kept_alive():
+            with answering(), warnings.catch_warnings(), kept_alive(), kept_importable():
                 try:
                     yield
                 except (oracle.Unsettled, OutsideDomain) as error:
@@ -234,6 +234,20 @@ def kept_alive() -> Generator[None]:
         yield
     finally:
         os._exit = system._exit = leave  # type: ignore[attr-defined]
+
+
+@contextmanager
+def kept_importable() -> Generator[None]:
+    """Leave every module that was imported so, and every place where imports look; an implementation may add some."""
+    modules, known = sys.modules, dict(sys.modules)
+    places: list[tuple[list[Any], list[Any]]] = [(x, [*x]) for x in (sys.path, sys.meta_path, sys.path_hooks)]
+    try:
+        yield
+    finally:
+        sys.modules = modules
+        modules.update(known)
+        for now, before in places:
+            now += [x for x in before if x not in now]
 
 
 @functools.lru_cache(maxsize=1)

@@ -234,6 +234,20 @@ def test_streams_that_an_implementation_closes_stay_open(words: tuple[str, ...])
     assert ("the last word" in output) == ("-s" in words)
 
 
+def test_modules_that_an_implementation_forgets_are_there_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    modules, path, finders = dict(sys.modules), list(sys.path), list(sys.meta_path)
+    monkeypatch.setattr(sys, "path", [*path])
+    monkeypatch.setattr(sys, "meta_path", [*finders])
+    with undisturbed():
+        monkeypatch.delitem(sys.modules, "json")
+        monkeypatch.setitem(sys.modules, "torch", None)
+        sys.path[:], sys.meta_path[:] = ["its own"], []
+    assert {name: x for name, x in sys.modules.items() if name in modules} == modules
+    assert (set(sys.path), sys.meta_path) == ({"its own", *path}, finders)
+    law, target = f"properties/test_oracle.py::{VALUES}", "tests.properties.forgetful:memory"
+    assert "1 passed" in run_suite(law, "--impl", target, "--replay", PROBLEM.to_json())
+
+
 def test_calls_of_several_threads_are_contained_together() -> None:
     leave, interval = os._exit, sys.getswitchinterval()
     meeting = threading.Barrier(2)
