@@ -240,7 +240,8 @@ def _chunked_backward(*arguments: Any) -> tuple[Tensor, ...]:
     *fields, backend, M0, S0, x, r, do, dM, dS, danchor = arguments
     call = Call(*fields).contiguous()
     do = torch.zeros_like(call.q) if do is None else dense(do)
-    zeros = torch.zeros_like(call.M)
+    # only the kernels read every element where it lies
+    zeros = torch.zeros_like(call.M) if backend == "triton" else call.M.new_zeros(()).expand_as(call.M)
     dM, dS, danchor = (zeros if d is None else dense(d) for d in (dM, dS, danchor))
     with _alone_with(call.q):
         if backend == "triton":

@@ -1,5 +1,6 @@
 """The chunk form against the definition, values and gradients; each of its stages against autograd of that stage."""
 
+import weakref
 from collections.abc import Iterator
 from itertools import product
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from properties.harness.comparing import check, is_unsure, radii
 from properties.harness.implementations import implementation
@@ -16,6 +18,7 @@ from properties.harness.running import run
 from properties.problems.problem import Problem
 from titans import chunk, chunk_titans_linear
 from titans.arguments import Call
+from titans.autograd import _chunked, _chunked_backward
 from titans.chunk import Tokens
 from titans.coefficients import Coefficients
 from titans.partition import cut, max_pieces
@@ -179,3 +182,41 @@ def test_work_follows_the_longest_piece_and_not_the_chunk(case: tuple[int, int, 
         o, *final, M0, S0 = chunk.forward(call, log_space)
         chunk.backward(call, log_space, M0, S0, o, *final)
     assert largest.numel <= max((L + 1) * K * H * (L + 2), K * L * H * D, K * H * D * D)
+
+
+class Held(TorchDispatchMode):
+    """Notes the most bytes that results of operations hold at one time."""
+
+    now = most = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        result = function(*args, **kwargs or {})
+        for x in result if isinstance(result, tuple | list) else [result]:
+            # a view, or a result in place, holds nothing of its own
+            if isinstance(x, Tensor) and (storage := x.untyped_storage()).data_ptr() not in given:
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.drop, storage.nbytes())
+        self.most = max(self.most, self.now)
+        return result
+
+    def drop(self, size: int) -> None:
+        """Note that the memory of a result is free again."""
+        self.now -= size
+
+
+@pytest.mark.parametrize("backend", ["chunk", "log"])
+def test_a_call_of_many_short_sequences_holds_few_copies_of_its_states(backend: str) -> None:
+    N, D = 300, 64
+    tokens, gates = (integers(1, N, 1, D) for _ in range(3)), (integers(1, N, 1).abs() / 4 for _ in range(3))
+    state = torch.zeros(N, 1, D, D, dtype=torch.float64)
+    call = Call(*tokens, None, None, *gates, state, state, state, None, torch.arange(N + 1), 1.0, 64, False)
+    forward, reverse = Held(), Held()
+    with forward:
+        o, *_, M0, S0, x, r = _chunked(*call, backend)
+    with reverse:
+        _chunked_backward(*call, backend, M0, S0, x, r, o, None, None, None)
+    # three that move from piece to piece, two of every piece, and a product; in the backward the anchor of every piece
+    # as well; all else is small
+    assert forward.most < 7 * state.nbytes
+    assert reverse.most < 8 * state.nbytes
