@@ -43,6 +43,9 @@ class TitansState(_State):
         self.chunk_size = chunk_size
         return self
 
+    def _replace(self, **fields: Any) -> TitansState:
+        return TitansState(*super()._replace(**fields), self.chunk_size)
+
     def detach(self) -> TitansState:
         """The same state, cut from the autograd graph."""
         return self._each(Tensor.detach)

@@ -153,6 +153,9 @@ class DecodeState(DecodeFields):
         gate = self.decay[:, None, :, 0, 0]
         return Call(q, q, q, None, None, gate, gate, gate, self.M, self.S, self.anchor, None, None, 1.0, C, False)
 
+    def _replace(self, **fields: Any) -> DecodeState:
+        return DecodeState(*super()._replace(**fields), chunk_size=self.chunk_size)
+
     def clone(self) -> DecodeState:
         """A copy that shares no memory with the state."""
         return self._each(lambda x: x.clone(memory_format=torch.contiguous_format))

@@ -14,7 +14,7 @@ from titans.api import chunk_titans_linear, titans_linear_step
 from titans.arguments import TitansState, compute_dtype
 from titans.caches import LayerState
 from titans.modules import GatedRMSNorm, Gates, ShortConvolution
-from titans.validation import name_of
+from titans.validation import check_integer, name_of
 
 # length of a row of q or k, before it is made a unit vector, below which it has no direction
 SHORT = 1e-3
@@ -91,13 +91,15 @@ class TitansLinear(nn.Module):
         norm: Callable[..., nn.Module] | None = None,
     ) -> None:
         super().__init__()
-        if head_dim is None and hidden_size % num_heads:
+        sizes = {"hidden_size": hidden_size, "num_heads": num_heads, "chunk_size": chunk_size, "conv_size": conv_size}
+        hidden_size, num_heads, chunk_size, conv_size = (check_integer(name, size) for name, size in sizes.items())
+        if head_dim is not None:
+            head_dim = check_integer("head_dim", head_dim)
+        elif hidden_size % num_heads:
             raise ValueError(
                 f"`hidden_size` must be a multiple of `num_heads` = {num_heads} unless `head_dim` is given, "
                 f"got {hidden_size}"
             )
-        if conv_size < 1 or chunk_size < 1:
-            raise ValueError(f"`conv_size` and `chunk_size` must be at least 1, got {conv_size} and {chunk_size}")
         H, D = num_heads, head_dim or hidden_size // num_heads
         self.hidden_size, self.num_heads, self.head_dim = hidden_size, H, D
         self.chunk_size, self.layer_idx = chunk_size, layer_idx
@@ -193,6 +195,10 @@ class TitansLinear(nn.Module):
         TypeError, ValueError
             If an argument breaks a rule above.
         """
+        if hidden_states.ndim != 3 or hidden_states.shape[2] != self.hidden_size:
+            raise ValueError(
+                f"`hidden_states` must have shape (B, T, {self.hidden_size}), got {tuple(hidden_states.shape)}"
+            )
         B, T = hidden_states.shape[:2]
         if attention_mask is not None and cu_seqlens is not None:
             raise ValueError("`attention_mask` and `cu_seqlens` must not both be given")

@@ -152,7 +152,10 @@ def decodes_alike(dtype: torch.dtype, D: int, chunk_size: int, device: torch.dev
         As `grid` does.
     """
     D, C = check_sizes(dtype, D, chunk_size)
-    place = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    try:
+        place = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    except (TypeError, RuntimeError):
+        raise ValueError(f"`device` must name a device, got {device!r}") from None
     if place.type != "cuda" or not torch.cuda.is_available() or torch.cuda.get_device_capability(place) != (9, 0):
         return False
     if dtype != torch.bfloat16:

@@ -99,7 +99,8 @@ def check_options(eps: Any, chunk_size: Any, backend: Any, q: Tensor, **flags: A
 def check_flags(**flags: Any) -> None:
     """Each flag must be True or False."""
     for name, flag in flags.items():
-        if not isinstance(flag, bool):
+        # NumPy's truth values are no `bool`, but called one; PyTorch's operators take them
+        if not isinstance(flag, bool) and type(flag).__name__ not in ("bool", "bool_"):
             raise TypeError(f"`{name}` must be a bool, got {type(flag).__name__}")
 
 

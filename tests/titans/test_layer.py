@@ -448,8 +448,12 @@ def test_contradictions_are_refused() -> None:
         module(x, past_key_values=object())
     with pytest.raises(ValueError, match="multiple of `num_heads` = 4"):
         TitansLinear(18)
-    with pytest.raises(ValueError, match="at least 1, got 0 and 16"):
-        TitansLinear(16, conv_size=0)
+    for name in ("hidden_size", "num_heads", "head_dim", "chunk_size", "conv_size"):
+        with pytest.raises(ValueError, match=f"`{name}` must be at least 1 and less than 2\\*\\*63, got 0"):
+            TitansLinear(**{"hidden_size": 16, name: 0})
+    for wrong in (x[0], x[..., :3]):
+        with pytest.raises(ValueError, match=r"`hidden_states` must have shape \(B, T, \d+\), got "):
+            module(wrong)
 
 
 # In other people's programs

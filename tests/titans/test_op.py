@@ -311,6 +311,7 @@ def test_autocast_rounds_before_dtypes_are_compared(backend: str) -> None:
 def test_options_are_numbers_of_any_library(backend: str) -> None:
     given = arguments(backend=backend)
     numbers = {"eps": np.float32(0.25), "chunk_size": np.int64(C)}
+    numbers |= {"output_final_state": np.True_, "log_gates": np.False_}
     (o, final), (o_too, final_too) = (chunk_titans_linear(**given | options) for options in ({}, numbers))
     assert final is not None
     assert final_too is not None

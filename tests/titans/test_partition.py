@@ -144,6 +144,12 @@ def test_blocks_begin_on_the_grid_and_on_no_finer_one(dtype: torch.dtype, D: int
         assert (g, g % C == 0 or C % g == 0) == (finest, True)
 
 
+@pytest.mark.parametrize("device", [None, "nowhere", "cuda:first", 1.0])
+def test_decoding_is_asked_about_on_a_device(device: Any) -> None:
+    with pytest.raises(ValueError, match="`device` must name a device, got "):
+        decodes_alike(torch.float32, 64, 16, device)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

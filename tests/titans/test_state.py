@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.titans.test_op import BACKENDS, B, C, D, H, arguments, packed, results, same, state
-from titans import TitansState, chunk_titans_linear, titans_linear_step
+from titans import DecodeState, TitansState, chunk_titans_linear, titans_linear_step
 
 
 def final(**options: Any) -> TitansState:
@@ -71,6 +71,14 @@ def test_the_offset_of_a_state_in_another_dtype_is_an_integer() -> None:
     assert same([*half], [*(x.bfloat16() for x in one[:3]), one.offset])
     both = one.to("meta", torch.float64)
     assert [(x.device.type, x.dtype) for x in both] == [("meta", torch.float64)] * 3 + [("meta", torch.int64)]
+
+
+def test_a_state_with_another_field_keeps_its_chunk_length() -> None:
+    one = TitansState(*state(), chunk_size=C)
+    assert one._replace().chunk_size == DecodeState.begin(one, torch.float32)._replace().chunk_size == C
+    other = one._replace(M=one.S)
+    assert isinstance(other, TitansState)
+    assert same([*other], [one.S, *one[1:]])
 
 
 def test_a_clone_shares_no_memory() -> None:
