@@ -126,6 +126,14 @@ def is_ordinary(error: BaseException) -> bool:
     return isinstance(error, Exception) and not special
 
 
+def shown(error: BaseException) -> str:
+    """Return an exception as text; nothing where it cannot be shown."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return ""
+
+
 def is_from_outside(error: BaseException) -> bool:
     """Whether an exception comes from the user or from a time limit, and not from an implementation."""
     frames = traceback.walk_tb(error.__traceback__)
@@ -141,9 +149,10 @@ def answering() -> Generator[None]:
     except BaseException as error:
         if is_from_outside(error):
             raise error if isinstance(error, Hanging | KeyboardInterrupt) else Hanging(str(error)) from error
-        if is_ordinary(error):
+        said = shown(error)
+        if is_ordinary(error) and said:
             raise
-        said = f"{type(error).__name__}: {error}"
+        said = said or f"{type(error).__name__}, which has no text"
         raise Misconduct(f"the implementation must return or fail, and raised {said}") from error
 
 
@@ -264,7 +273,10 @@ def is_ours(name: str) -> bool:
 
 
 def restore(functions: list[tuple[Any, dict[str, Any]]]) -> list[str]:
-    """Put back every function and class that is another one now, or is hidden by a new one, and return their names."""
+    """Put back every function and class that is another one now, or is hidden by a new one, and return their names.
+
+    Of the suite's own modules all values.
+    """
     replaced = []
     for owner, before in functions:
         now = vars(owner)
@@ -272,7 +284,9 @@ def restore(functions: list[tuple[Any, dict[str, Any]]]) -> list[str]:
         if now.keys() == before.keys() and all(map(operator.is_, now.values(), before.values())):
             continue
         for name, value in before.items():
-            if now.get(name) is not value and callable(value) and not is_its_own(owner, name, now.get(name)):
+            if not (callable(value) or owner.__name__.partition(".")[0] in PACKAGES):
+                continue
+            if now.get(name) is not value and not is_its_own(owner, name, now.get(name)):
                 setattr(owner, name, value)
                 replaced.append(f"{owner.__name__}.{name}")
         for name in [name for name in now if name not in before and hides(owner, name)]:

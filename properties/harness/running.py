@@ -57,7 +57,8 @@ def run(
     results = {name: x.detach() for name, x in outputs.items()}
     if cotangents is not None:
         results |= backward(outputs, leaves, cotangents)
-    return {name: x.cpu() for name, x in results.items()}
+    # Copies: an implementation may use the memory of its results again.
+    return {name: x.cpu().clone() for name, x in results.items()}
 
 
 def call(implementation: Implementation, inputs: Inputs, leaves: Results) -> Results:

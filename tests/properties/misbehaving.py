@@ -18,6 +18,7 @@ import torch
 
 import oracle
 import titans
+from properties.harness import running
 from properties.problems.domain import OutsideDomain
 
 
@@ -69,6 +70,36 @@ def rewrites_its_report(*arguments: Any, **options: Any) -> Any:
     pytest.TestReport.from_item_and_call = classmethod(without_an_exception)  # type: ignore[method-assign, assignment]
     o, state = titans.chunk_titans_linear(*arguments, **options)
     return 2 * o + 1, state
+
+
+def has_states_forgotten(*arguments: Any, **options: Any) -> Any:
+    """Let the suite look at no state."""
+    running.STATE = ()  # type: ignore[assignment]
+    return titans.chunk_titans_linear(*arguments, **options)
+
+
+class Unshown(Exception):
+    """An error without a text."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("there is none")
+
+
+def fails_without_a_word(*arguments: Any, **options: Any) -> Any:
+    """Raise an error that cannot be shown."""
+    raise Unshown
+
+
+def uses_its_memory_again(*arguments: Any, **options: Any) -> Any:
+    """Compute what it should, and empty the outputs of the call before."""
+    o, state = titans.chunk_titans_linear(*arguments, **options)
+    for earlier in EARLIER:
+        earlier.data.zero_()
+    EARLIER[:] = [o]
+    return o, state
+
+
+EARLIER = list[torch.Tensor]()
 
 
 def leaves_by_the_back_door(*arguments: Any, **options: Any) -> Any:
@@ -254,6 +285,7 @@ def hangs(*arguments: Any, **options: Any) -> Any:
 
 rewrites_its_report.state = titans.TitansState  # type: ignore[attr-defined]
 leaves_later.state = stops_the_clock.state = loads_the_dice.state = titans.TitansState  # type: ignore[attr-defined]
+uses_its_memory_again.state = has_states_forgotten.state = titans.TitansState  # type: ignore[attr-defined]
 stays_in_a_thread.state = closes_its_streams.state = titans.TitansState  # type: ignore[attr-defined]
 shows_halves.state = stays_in_a_mode.state = titans.TitansState  # type: ignore[attr-defined]
 skips_backward.state = hides.state = compiles.state = patches.state = settles_in.state = titans.TitansState  # type: ignore[attr-defined]

@@ -50,6 +50,8 @@ def check(subject: str, law: str = VALUES, recorder: Recorder | None = None) -> 
         ("skips_backward", GRADIENTS, "Skipped: it is not my day"),
         ("patches", VALUES, "must not replace torch.isfinite"),
         ("hides", VALUES, "must not replace Tensor.cpu"),
+        ("has_states_forgotten", VALUES, "must not replace properties.harness.running.STATE"),
+        ("fails_without_a_word", VALUES, "raised Unshown, which has no text"),
         ("rewrites_its_report", VALUES, "must not replace TestReport.from_item_and_call"),
     ],
 )
@@ -59,6 +61,11 @@ def test_an_implementation_does_not_decide_its_own_verdict(subject: str, law: st
         check(subject, law, recorder)
     assert recorder.facts.failing_call == 1
     assert recorder.facts.failing_problem
+
+
+def test_an_implementation_does_not_use_the_memory_of_its_results_again() -> None:
+    with pytest.raises(LawBroken, match="must not change, but is"):
+        check("uses_its_memory_again", "test_other_calls_before_and_between_change_nothing")
 
 
 def test_a_function_that_was_replaced_is_put_back() -> None:
