@@ -272,7 +272,7 @@ class Schedule:
             return replace(found, verdict="fail")
         if now.trouble or not (now.total("compared") or (row.fixture and now.facts)):
             if now.outside and not now.trouble:
-                return replace(found, verdict="not claimed")
+                return replace(found, verdict="not claimed", outside=now.outside)
             slow = "an example takes too long for a quick run: the whole suite judges this law" if now.slow else ""
             again = Recorder(row.test(self.ready.name), self.subject.options).command
             return replace(found, verdict="error", message=now.trouble or slow or why, replay=again)

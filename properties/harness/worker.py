@@ -213,7 +213,8 @@ class Judge:
         self.refused[row] = self.refused.get(row, 0) + (not found)
         nowhere = self.refused[row] >= REFUSALS and str(self.implementation.domain)
         if nowhere and not recorder.facts.compared and not recorder.unclaimed:
-            recorder.outside(f"no problem inside {self.implementation.domain} exercises it")
+            nothing = f"no problem inside {self.implementation.domain} exercises it"
+            recorder.outside(f"{nothing}, or none small enough for a quick run")
 
     def time_of(self, task: Task) -> float:
         """Return the seconds of a search for a smaller problem: at first a third of those that an example may take."""

@@ -107,6 +107,7 @@ class Domain:
     def parse(cls, text: str) -> "Domain":
         """Read rules such as `D=64,128 C=64 T%C=0 T>=64 H<=8 dtype=bfloat16`, or raise ValueError."""
         found: dict[str, Any] = {}
+        said: dict[Any, str] = {}
         for word in text.split():
             match = RULE.fullmatch(word)
             if not match:
@@ -115,6 +116,10 @@ class Domain:
                     f"dtype=bfloat16 or memory=plain or device=cuda, got {word!r}"
                 )
             size, sign, value, name, names = match.groups()
+            key = name or (size, sign, value == "C=0")
+            if key in said:
+                raise ValueError(f"a domain must have one rule of a kind, got {said[key]!r} and {word!r}")
+            said[key] = word
             if name:
                 found[name] = tuple(names.split(","))
             else:
@@ -123,7 +128,17 @@ class Domain:
         for name, allowed in known.items():
             if unknown := set(found.get(name, ())) - allowed:
                 raise ValueError(f"{name} must be among {', '.join(sorted(allowed))}, got {', '.join(sorted(unknown))}")
-        return cls(**found)
+        domain = cls(**found)
+        for size in "DCTHN":
+            if domain.has_no(size):
+                raise ValueError(f"a domain must contain a call, but no {size} obeys all rules of {text!r}")
+        return domain
+
+    def has_no(self, size: str) -> bool:
+        """Whether no call with a token has a size, D, C, T, H or N, that its rules allow."""
+        sizes: Sizes = getattr(self, size)
+        lengths = (self.C.values or (self.C.nearest(1),)) if size == "T" else (1,)
+        return not any(sizes.contain(x, C) for C in lengths for x in sizes.values or (sizes.nearest(1, C),) if x > 0)
 
     def __str__(self) -> str:
         """Return the text that reads as this."""

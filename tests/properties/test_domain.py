@@ -42,6 +42,11 @@ def test_a_domain_is_read_as_it_is_written(text: str) -> None:
         ("D%C=0", "a multiple must be like T%C=0"),
         ("T>=1,2", "a limit like T>=64"),
         ("dtype=int8", "dtype must be among bfloat16"),
+        ("D=64 D=16", "one rule of a kind, got 'D=64' and 'D=16'"),
+        ("dtype=float32 dtype=float16", "one rule of a kind"),
+        ("D=8 D>=16", "no D obeys all rules of 'D=8 D>=16'"),
+        ("C=64 T<=32 T%C=0", "no T obeys"),
+        ("N=0", "no N obeys"),
     ],
 )
 def test_a_mistake_in_a_domain_is_named(text: str, sentence: str) -> None:
