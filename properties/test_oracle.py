@@ -74,12 +74,42 @@ def beside_a_long_chunk(problem: Problem) -> Problem:
 @law(
     "5.1", "5.14",
     problems=problems(
-        C=(200, 129, 256, 512), D=(2, 1), most=8, shortest=1, heads=1, sequences=1, packed=False, wild=False,
+        C=(257, 129, 200, 512), D=(2, 1), most=8, shortest=1, heads=1, sequences=1, packed=False, wild=False,
         dtypes=("float32", "float64"), initial=("M", "full", "none"), k="unit 0", theta=st.sampled_from(CALM_THETAS),
     ).map(beside_a_long_chunk),
     share=0.06,
 )  # fmt: skip
 def test_the_chunked_form_is_the_recurrence_for_chunks_of_hundreds(
+    implementation: Implementation, problem: Problem
+) -> Found:
+    return check(implementation, problem)
+
+
+# More tokens than any sequence of a problem has.
+HUGE = 5000
+
+
+def in_a_huge_chunk(problem: Problem) -> Problem:
+    """Return the same in a chunk of thousands, of which some sequences begin at the start and others at the end."""
+    offsets = tuple(place + HUGE * (problem.seed >> n & 1) for n, place in enumerate(problem.offsets))
+    return replace(problem, C=problem.C + HUGE, offsets=offsets)
+
+
+def is_a_part_of_a_chunk(implementation: Implementation, problem: Problem) -> bool:
+    """Whether the sequences are shorter than a chunk, inside any domain."""
+    return max(problem.lengths) < HUGE < problem.C
+
+
+@law(
+    "5.1", "5.14",
+    problems=problems(C=(3, 16, 7, 1), most=40, shortest=1, initial=("full", "M", "full"), wild=False).map(
+        in_a_huge_chunk
+    ),
+    share=0.3,
+    fewest=0.1,
+    about=is_a_part_of_a_chunk,
+)  # fmt: skip
+def test_the_chunked_form_is_the_recurrence_for_chunks_of_thousands(
     implementation: Implementation, problem: Problem
 ) -> Found:
     return check(implementation, problem)

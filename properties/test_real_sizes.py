@@ -17,15 +17,16 @@ from oracle import Cotangents, Inputs
 from oracle.bounds import FLOAT32
 from oracle.bounds.posterior import as_pieces, judge
 from oracle.bounds.posterior.pieces import piece_lengths
-from properties.harness.comparing import Comparison, Found, in_ulps, nearest, radii, same, solved
+from properties.harness.comparing import Comparison, Found, in_ulps, nearest, radii, same, same_bits, solved
 from properties.harness.definition import definition
 from properties.harness.implementations import Implementation
 from properties.harness.laws import law
-from properties.harness.running import STATE, LawBroken, compute_dtype, run
+from properties.harness.running import STATE, LawBroken, backward, compute_dtype, run, tensors
 from properties.harness.subcalls import Part, resumed, segment
 from properties.problems.problem import HALF, Problem
 from properties.problems.real_sizes import real_problems
 from properties.problems.strategies import problems
+from properties.test_conventions import gradients_of, outputs_alone, recorded, values
 from properties.test_plain_memory import fits
 from properties.test_sequences import check_finite
 
@@ -83,7 +84,7 @@ def beside_a_tile(problem: Problem) -> Problem:
 
 
 # The wide ones are short.
-WIDE = real_problems(D=128, C=256, cells=2**18, heads=1, sequences=2, memories=("normalised", "plain", "normalised"))
+WIDE = real_problems(D=128, C=256, cells=2**19, heads=1, sequences=1, memories=("normalised", "plain", "normalised"))
 # Those with more than 64 tokens are narrow.
 DEEP = real_problems(D=8, cells=2**10, heads=1, sequences=1).map(
     lambda problem: replace(problem, C=problem.C + 64, lengths=tuple(T + 64 for T in problem.lengths))
@@ -91,8 +92,10 @@ DEEP = real_problems(D=8, cells=2**10, heads=1, sequences=1).map(
 # As in training and serving: a tile of columns, and more often than not a full state.
 USUAL = (real_problems(initial=("full",)) | real_problems(initial=("full",)) | WIDE).map(at_a_tile)
 ODD = (real_problems() | WIDE).map(beside_a_tile)
+# More heads than a group of threads.
+MANY_HEADED = real_problems(D=40, C=16, cells=2**18, heads=80, sequences=2).map(beside_a_tile)
 # Most have rows that are padded: of the few that an interpreter is asked there must be some of each memory.
-REAL = ODD | USUAL | ODD | ODD | DEEP
+REAL = ODD | USUAL | ODD | ODD | DEEP | MANY_HEADED
 
 
 def is_within_chunks(implementation: Implementation, problem: Problem) -> bool:
@@ -198,6 +201,11 @@ def test_every_chunk_of_a_long_sequence_is_right_from_the_state_before_it(
     return check_pieces(implementation, pieces, alike.cotangents())
 
 
+def with_large_values(problem: Problem) -> Problem:
+    """Return the same in float64 with integers that float32 has not."""
+    return replace(problem, v=f"integers {2**27}", gate_dtype="float64") if problem.dtype == "float64" else problem
+
+
 # Integers, with few halvings. With theta = 1, (3) reflects a row of M at its value, and nothing grows.
 EXACT = real_problems(
     D=128, C=256, chunks=3, cells=2**20, sequences=2, memories=("plain",), dtypes=("float32", "float64"),
@@ -206,7 +214,7 @@ EXACT = real_problems(
     eta=st.sampled_from(("constant 0", "single 0 1 30", "spike 0 2^-1 0")),
     q=st.sampled_from(("integers 1", "basis")), k=st.sampled_from(("basis", "signs")), v="integers 2",
     state="integers 2", do="integers 2", gate_dtype="float32", log_gates=False, eps=1e-6,
-)  # fmt: skip
+).map(with_large_values)  # fmt: skip
 
 
 def whole(cotangents: Cotangents) -> Cotangents:
@@ -275,12 +283,27 @@ def compare_with_the_definition(implementation: Implementation, problem: Problem
     return found
 
 
+def independent(**sizes: Any) -> SearchStrategy[Problem]:
+    """Draw problems whose heads are independent; one head, which the law multiplies."""
+    return real_problems(
+        heads=1, dtypes=("float32", "float32", *HALF), gate_dtype="float32", **sizes, **INDEPENDENT,
+    )  # fmt: skip
+
+
+SINGLE: dict[str, Any] = {"sequences": 1, "packed": False}
+NORMALISED = ("normalised", "plain", "normalised")
+# A chunk of more than 64 tokens.
+LONG = independent(D=40, C=64, cells=2**16, memories=NORMALISED, **SINGLE).map(
+    lambda problem: replace(problem, C=problem.C + 64, lengths=(problem.tokens + 64,))
+)
+# Several chunks, however wide.
+SHORT = independent(D=128, C=5, chunks=4, cells=3 * 2**16, sequences=3, memories=NORMALISED)
+ACCURATE = independent(D=128, C=128, chunks=3, cells=3 * 2**16, **SINGLE) | SHORT | LONG
+
+
 @law(
     "5.19", "4.3",
-    problems=real_problems(
-        D=128, C=128, chunks=3, cells=3 * 2**16, heads=1, sequences=1, packed=False, dtypes=("float32",),
-        gate_dtype="float32", **INDEPENDENT,
-    ).map(lambda problem: replace(problem, H=HEADS)),
+    problems=ACCURATE.map(lambda problem: replace(problem, H=HEADS)),
     needs=["backward", "large"],
     share=0.4,
     about=has_many_heads,
@@ -292,8 +315,8 @@ def test_errors_of_real_size_are_at_most_twice_those_of_the_definition(
     return compare_with_the_definition(implementation, problem)
 
 
-# The ninth of anything, and tokens that need a third tile of 32.
-NINE, TOKENS = 9, 64
+# The ninth of anything, tokens that need a third tile of 32, and more pieces than a tile has rows.
+NINE, TOKENS, MANY_SHORT = 9, 64, 70
 
 
 def with_many(problem: Problem, claims: Collection[str]) -> Problem:
@@ -305,10 +328,12 @@ def with_many(problem: Problem, claims: Collection[str]) -> Problem:
     large = "large" in claims
     if not large and not problem.packed:
         return replace(problem, H=NINE)
-    N = max(NINE, problem.sequences) if problem.packed else problem.sequences
+    # Nine, or many short ones.
+    short = not large or problem.seed % 2 > 0
+    N = max(MANY_SHORT if large and short else NINE, problem.sequences) if problem.packed else problem.sequences
     lengths = [problem.lengths[i % problem.sequences] for i in range(N)]
     few = N - 1 if problem.packed else 0
-    lengths[:few] = [T if large else min(T, 2) for T in lengths[:few]]
+    lengths[:few] = [min(T, 1 if large else 2) if short else T for T in lengths[:few]]
     lengths[few:] = [T + max((NINE - 1) * problem.C, TOKENS) for T in lengths[few:]]
     # Each at a place of its own.
     places = [problem.offsets[i % problem.sequences] + min(i, NINE - 2) for i in range(N) if problem.offsets]
@@ -320,10 +345,10 @@ def with_many(problem: Problem, claims: Collection[str]) -> Problem:
 LEARNING = INDEPENDENT | {"theta": st.sampled_from(("uniform -3", "random 2^-6 2^-3"))}
 
 
-def manifold(packed: bool) -> SearchStrategy[Problem]:
+def manifold(packed: bool, D: int = 16) -> SearchStrategy[Problem]:
     """Draw problems that `with_many` then makes larger; of shorter chunks an interpreter would take too many."""
     return real_problems(
-        D=16, C=6, chunks=2, cells=2**12, heads=1, sequences=2, packed=packed, dtypes=("float32",),
+        D=D, C=6, chunks=2, cells=2**14, heads=1, sequences=3, packed=packed, dtypes=("float32",),
         gate_dtype="float32", initial=("full", "none", "full" if packed else "M"), **LEARNING,
     ).map(lambda problem: replace(problem, C=problem.C + 3))  # fmt: skip
 
@@ -332,7 +357,7 @@ def manifold(packed: bool) -> SearchStrategy[Problem]:
 @law(
     "5.19",
     "4.3",
-    problems=manifold(True) | manifold(True) | manifold(False),
+    problems=manifold(True) | manifold(True, D=40) | manifold(False),
     needs=["backward"],
     share=0.3,
     any_size=True,
@@ -342,3 +367,38 @@ def test_many_chunks_sequences_and_heads_are_as_accurate_as_the_definition(
 ) -> Found:
     many = with_many(problem, implementation.claims - ({"large"} if implementation.domain.brief else set()))
     return compare_with_the_definition(implementation, implementation.domain.nearest(many))
+
+
+@law(
+    "5.20", "5.18", "5.19",
+    problems=real_problems(chunks=2, cells=2**16, initial=("full", "M", "none")),
+    needs=["backward", "final_state"],
+    share=0.3,
+    any_size=True,
+)  # fmt: skip
+def test_a_call_of_real_size_may_be_made_in_any_way(implementation: Implementation, problem: Problem) -> Found:
+    inputs, cotangents = problem.inputs(), problem.cotangents()
+    plain = run(implementation, inputs, cotangents)
+    found, left = check_finite(plain), ("o", *implementation.left)
+    found += same_bits({name: plain[name] for name in left}, run(implementation, inputs))
+    # Some of the tensors, and twice; and the others.
+    for seed, times in ((problem.seed, 2), (~problem.seed, 1)):
+        names = [name for i, name in enumerate(tensors(inputs)) if seed >> i & 1]
+        outputs, leaves = recorded(implementation, inputs, names)
+        for _ in range(times):
+            found += same_bits(values(outputs | backward(outputs, leaves, cotangents, retain_graph=True)), plain)
+    # One cotangent alone, or beside zeros.
+    outputs, leaves = recorded(implementation, inputs)
+    connected = [name for name in left if outputs[name].requires_grad]
+    if not connected:
+        return found
+    name = connected[problem.seed % len(connected)]
+    flowing = {one: (torch.ones_like if one == name else torch.zeros_like)(outputs[one]) for one in connected}
+    only: dict[str, Any] = {"o": torch.zeros_like(outputs["o"]), name: flowing[name]}
+    one = values(backward(outputs, leaves, Cotangents(**only), retain_graph=True))
+    torch.autograd.backward([outputs[x] for x in connected], [flowing[x] for x in connected], retain_graph=True)
+    found += same(one, gradients_of(leaves))
+    alone = Cotangents(cotangents.o)
+    wanted = values(outputs | backward(outputs, leaves, alone))
+    found += same_bits(outputs_alone(implementation, inputs, alone), wanted)
+    return found + same_bits(plain, run(implementation, inputs, cotangents))

@@ -66,12 +66,20 @@ def test_splitting_into_single_tokens_changes_nothing(implementation: Implementa
 
 
 # A step rounds at places of its own: mostly in half precision, in the memory that has more of them.
+STEPS = problems(
+    packed=False, wild=False, most=4, shortest=1, initial=("none", "full"),
+    memories=("normalised", "plain", "normalised"), dtypes=("float32", *HALF, "float64", *HALF, "float16"),
+)  # fmt: skip
+# One step of a wide head.
+WIDE = problems(
+    D=(33, 17, 20, 24, 32), packed=False, wild=False, heads=1, sequences=1, most=1, shortest=1,
+    initial=("full", "none"), memories=("normalised", "plain"), dtypes=("float32", "float64"),
+)  # fmt: skip
+
+
 @law(
     "5.2",
-    problems=problems(
-        packed=False, wild=False, most=4, shortest=1, initial=("none", "full"),
-        memories=("normalised", "plain", "normalised"), dtypes=("float32", *HALF, "float64", *HALF, "float16"),
-    ),
+    problems=STEPS | STEPS | STEPS | WIDE,
     needs=["step"],
     share=0.5,
     fewest=0.3,

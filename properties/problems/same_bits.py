@@ -29,7 +29,7 @@ def uncut(
     draw: st.DrawFn,
     /,
     *,
-    D: Sequence[int] = (4, 3, 72, 2, 8, 33, 1, 66),
+    D: Sequence[int] = (4, 3, 72, 16, 2, 8, 33, 64, 1, 66),
     C: Sequence[int] = (16, 3, 32, 8, 1, 48, 64, 40, 96, 200, 256, 512),
     shortest: int = 1,
     most: int = 100,
@@ -66,7 +66,10 @@ def uncut(
     lengths = [draw(ends(chunk, shortest, room)) for _ in range(N if is_packed else 1)]
     # A whole number of blocks before the call began, or any other.
     place = st.sampled_from([n for n in (0, 16, 32, 64, 1, chunk - 1, chunk // 2) if n < chunk])
-    offsets = [draw(place) for _ in range(N if is_packed else 1)]
+    offsets = [draw(place) for _ in range(N)]
+    if not is_packed and draw(st.booleans()):
+        # Where a batch can be cut, all its sequences can.
+        offsets = offsets[:1] * N
     fields: dict[str, Any] = {
         "memory": st.sampled_from(("normalised", "plain")),
         "theta": st.sampled_from(THETA),
@@ -83,7 +86,7 @@ def uncut(
         D=draw(st.sampled_from(D)),
         C=chunk,
         initial=state,
-        offsets=tuple(offsets if is_packed else offsets * N) if state == "full" else (),
+        offsets=tuple(offsets) if state == "full" else (),
         dtype=draw(st.sampled_from(dtypes)),
         **{name: draw(field) if isinstance(field, SearchStrategy) else field for name, field in fields.items()},
         seed=draw(st.integers(0, 2**16)),
