@@ -9,7 +9,7 @@ FORGOTTEN = ("pytest", "_pytest", "properties", "hypothesis", "numpy", "torch")
 
 
 def memory(*arguments: Any, **options: Any) -> Any:
-    """Compute what it should."""
+    """Compute the right results."""
     return titans.chunk_titans_linear(*arguments, **options)
 
 

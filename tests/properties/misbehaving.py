@@ -91,7 +91,7 @@ def fails_without_a_word(*arguments: Any, **options: Any) -> Any:
 
 
 def uses_its_memory_again(*arguments: Any, **options: Any) -> Any:
-    """Compute what it should, and empty the outputs of the call before."""
+    """Compute the right results, and empty the outputs of the call before."""
     o, state = titans.chunk_titans_linear(*arguments, **options)
     for earlier in EARLIER:
         earlier.data.zero_()
@@ -126,7 +126,7 @@ def leaves_through_c(*arguments: Any, **options: Any) -> Any:
 
 
 def closes_its_streams(*arguments: Any, **options: Any) -> Any:
-    """Compute what it should, and close the standard streams."""
+    """Compute the right results, and close the standard streams."""
     print("the last word", flush=True)
     sys.stdout.close()
     sys.stderr.close()
@@ -136,7 +136,7 @@ def closes_its_streams(*arguments: Any, **options: Any) -> Any:
 
 
 def stays_in_a_thread(*arguments: Any, **options: Any) -> Any:
-    """Compute what it should, and start a thread that never ends."""
+    """Compute the right results, and start a thread that never ends."""
     threading.Thread(target=lambda: time.sleep(10**6)).start()
     return titans.chunk_titans_linear(*arguments, **options)
 
@@ -225,7 +225,7 @@ class Halved(torch.overrides.TorchFunctionMode):
 
 
 def stays_in_a_mode(*arguments: Any, **options: Any) -> Any:
-    """Compute what it should, and leave a mode on, and the oracle with 5 bits."""
+    """Compute the right results, and leave a mode on, and the oracle with 5 bits."""
     o, state = titans.chunk_titans_linear(*arguments, **options)
     Halved().__enter__()
     oracle.precision.context.prec = 5
@@ -258,7 +258,7 @@ def compiles(*arguments: Any, **options: Any) -> Any:
 
 
 def settles_in(*arguments: Any, **options: Any) -> Any:
-    """Compute what it should, and leave the process as it likes it."""
+    """Compute the right results, and leave the process as it likes it."""
     o, state = titans.chunk_titans_linear(*arguments, **options)
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
@@ -339,7 +339,7 @@ class Module(torch.nn.Module):
         self.state = None
 
     def forward(self, q: Any, *arguments: Any, **options: Any) -> Any:
-        """Compute what it should."""
+        """Compute the right results."""
         return titans.chunk_titans_linear(q * self.scale.to(q.dtype), *arguments, **options)
 
 
